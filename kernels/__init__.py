@@ -1,0 +1,9 @@
+"""Attention-like operators as pure functions on arrays: one folder a core, four implementations each.
+
+`reference` is the definition, `chunked` the XLA form with linear memory, `tpu` and `gpu` the Pallas kernels.
+`implementation=None` chooses by the platform a program is compiled for.
+"""
+
+from kernels.attention import attention
+
+__all__ = ["attention"]
