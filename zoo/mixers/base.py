@@ -137,7 +137,7 @@ def options(name: str) -> list[str]:
     return [field.name for field in _fields(name) if field.name not in ("features", "parent", "name")]
 
 
-def create(name: str, *, features: int, defaults: Mapping[str, Any] | None = None, **chosen: Any) -> Mixer:
+def create(name: str, /, *, features: int, defaults: Mapping[str, Any] | None = None, **chosen: Any) -> Mixer:
     """A mixer by name.
 
     Args:
