@@ -79,9 +79,7 @@ def append(
     return after, key, value, {"query_positions": positions, "key_positions": key_positions}
 
 
-def _store(
-    cache: KeyValueCache, key: jax.Array, value: jax.Array, slot: jax.Array, length: jax.Array
-) -> KeyValueCache:
+def _store(cache: KeyValueCache, key: jax.Array, value: jax.Array, slot: jax.Array, length: jax.Array) -> KeyValueCache:
     row = jnp.arange(slot.shape[0])[:, None]
     slot = jnp.where(slot < 0, cache.key.shape[1], slot)  # out of range: dropped
     return KeyValueCache(
