@@ -1,4 +1,4 @@
-"""The residual block that decoders, encoders and vision Transformers repeat, and the part of a config that describes it."""
+"""The residual block that decoders, encoders and vision Transformers repeat, and the config that describes it."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class TransformerConfig:
     norm_epsilon: float = 1e-6
     norm_position: NormPosition = "pre"
     positions: str = "none"
-    rotary: Rotary = Rotary()
+    rotary: Rotary = dataclasses.field(default_factory=Rotary)
     qkv_bias: bool = True
     out_bias: bool = True
-    window: int | None | tuple[int | None, ...] = None
+    window: int | tuple[int | None, ...] | None = None
     mixer: str | tuple[str, ...] = "softmax"
     mixer_options: Mapping[str, Any] | tuple[Mapping[str, Any], ...] = FrozenDict()
     causal: bool = False

@@ -135,7 +135,7 @@ class ViT(nn.Module):
         if config.positions == "learned":
             x = x + resize_grid(self.position_table[:, special:], config.grid, grid).astype(x.dtype)
         elif config.positions == "sinusoid":
-            x = x + jnp.asarray(sinusoid_grid(*grid, config.features), x.dtype)
+            x = x + jnp.asarray(sinusoid_grid(grid[0], grid[1], config.features), x.dtype)
         if special:
             token = self.class_token
             if config.positions == "learned":
