@@ -17,14 +17,12 @@ from rich.table import Table
 from zoo import registry
 from zoo.errors import unknown
 
-_Positional = tyro.conf.Positional
-
 
 @dataclasses.dataclass(frozen=True)
 class List:
     """List models."""
 
-    pattern: _Positional[str] = "*"
+    pattern: tyro.conf.Positional[str] = "*"
     """Shell-style pattern of ids, such as 'informer*'."""
 
     def __call__(self) -> None:
@@ -45,7 +43,7 @@ class List:
 class Show:
     """Show a model: its paper, its config, its inputs, and its parameters by name."""
 
-    id: _Positional[str]
+    id: tyro.conf.Positional[str]
     """A model's id."""
     depth: int = 2
     """How many levels of the parameter tree to list."""
@@ -91,7 +89,7 @@ class Show:
 class Run:
     """Run a paper's experiment: `zoo run informer --preset cpu`; `zoo run informer --help` lists its flags."""
 
-    experiment: _Positional[str]
+    experiment: tyro.conf.Positional[str]
     """An experiment's name; its own flags follow."""
 
     def __call__(self, arguments: Sequence[str]) -> None:
@@ -108,7 +106,7 @@ class Run:
 class Compile:
     """Compile a model for an accelerator that is not here, and print what its compiler says."""
 
-    id: _Positional[str]
+    id: tyro.conf.Positional[str]
     """A model's id."""
     target: str = "tpu-v5e"
     """The accelerator: tpu-v5e, tpu-v5p, tpu-v6e, h100, ..."""
@@ -133,9 +131,9 @@ class Compile:
 class Convert:
     """Convert a published checkpoint into the zoo's variables."""
 
-    id: _Positional[str]
+    id: tyro.conf.Positional[str]
     """A model's id."""
-    source: _Positional[str]
+    source: tyro.conf.Positional[str]
     """A .safetensors, .pth or .gguf file, or hf://organisation/repository/file."""
     to: pathlib.Path
     """The .safetensors file to write."""
