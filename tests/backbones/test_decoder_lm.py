@@ -257,6 +257,7 @@ def test_configs_are_hashable_and_compare_by_value():
         (TypeError, "'softmax' has no option 'heds'", {"mixer_options": {"heds": 3}}),
         (ValueError, r"features \(24\) must be a multiple of heads \(5\)", {"heads": 5}),
         (ValueError, "layers must be positive, got 0", {"layers": 0}),
+        (ValueError, "learned positions need max_length", {"positions": "learned", "max_length": None}),
         (ValueError, "vocab_size must be positive, got 0", {"vocab_size": 0}),
         (ValueError, r"dropout must be in \[0, 1\), got 1.0", {"dropout": 1.0}),
         (ValueError, "unknown MLP 'swiglo'; did you mean 'swiglu'", {"mlp": "swiglo"}),
@@ -264,7 +265,7 @@ def test_configs_are_hashable_and_compare_by_value():
         (ValueError, "unknown choice of positions 'alibi'; known: learned, none, rotary", {"positions": "alibi"}),
         (ValueError, "unknown choice of norm_position 'middle'; known: post, pre", {"norm_position": "middle"}),
         (ValueError, "window as a tuple needs 1 to layers = 2 entries, got 3", {"window": (1, 2, 3)}),
-        (ValueError, "logit_softcap must be None or positive, got 0.0", {"logit_softcap": 0.0}),
+        (ValueError, "logit_softcap must be positive, got 0.0", {"logit_softcap": 0.0}),
     ],
 )
 def test_wrong_configs_are_refused(error, message, changes):

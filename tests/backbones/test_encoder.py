@@ -208,7 +208,7 @@ def test_every_parameter_has_logical_axis_names():
         ("unknown choice of pool 'max'; known: class, mean", {"pool": "max"}),
         (r"image_size \(8, 13\) does not divide into patches of \(4, 2\)", {"image_size": (8, 13)}),
         ("multiple of 4, got 18", {"features": 18, "heads": 2, "positions": "sinusoid"}),
-        ("classes must be None or positive, got 0", {"classes": 0}),
+        ("classes must be positive, got 0", {"classes": 0}),
         ("unknown mixer 'basd'", {"mixer": "basd"}),
         ("unknown choice of positions 'learnt'; did you mean 'learned'", {"positions": "learnt"}),
     ],

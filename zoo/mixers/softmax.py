@@ -99,6 +99,7 @@ class SoftmaxAttention(Mixer):
         self.check(x, state, valid)
         shape = x.shape[:2]
         query = self.query(x).reshape(*shape, self.heads, -1)
+        dtype = query.dtype
         key = self.key(x).reshape(*shape, self._key_heads, -1)
         value = self.value(x).reshape(*shape, self._key_heads, -1)
         if self.qk_norm is not None:
@@ -121,7 +122,7 @@ class SoftmaxAttention(Mixer):
         else:
             mask = {}
         heads = self.attend(query, key, value, mask, deterministic=deterministic)
-        y = self.out(heads.reshape(*shape, -1))
+        y = self.out(heads.reshape(*shape, -1).astype(dtype))
         return (y if valid is None else jnp.where(valid[..., None], y, 0)), state
 
     def attend(
