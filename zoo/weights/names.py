@@ -503,14 +503,14 @@ def to_published(variables: Mapping[str, Any], rules: Iterable[Rule]) -> dict[st
 
     published = {}
     for name, given in pieces.items():
-        ours = _assemble(name, given, problems)
-        if ours is None:
+        whole = _assemble(name, given, problems)
+        if whole is None:
             continue
         try:
-            array = given[0].rule.layout.inverse(ours)
+            array = given[0].rule.layout.inverse(whole)
         except (ValueError, IndexError) as error:
             problems.add(
-                "variables that their rule does not take", f"{given[0].source} {ours.shape} -> {name}: {error}"
+                "variables that their rule does not take", f"{given[0].source} {whole.shape} -> {name}: {error}"
             )
             continue
         published[name] = np.ascontiguousarray(array).reshape(array.shape)
