@@ -72,7 +72,6 @@ def test_saved_variables_load_to_the_same_bits(tmp_path, state_dict):
 
 def test_boxed_variables_are_saved_too(tmp_path):
     variables = Network().init(jax.random.key(0), **INPUTS)
-    del variables["intermediates"]
     path = save(variables, tmp_path / "ours.safetensors")
     np.testing.assert_array_equal(read(path)["params/fc/kernel"], variables["params"]["fc"]["kernel"].value)
     load_weights(Network(), INPUTS, RULES, path)

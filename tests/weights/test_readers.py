@@ -1,7 +1,9 @@
 import argparse
 import collections
+import hashlib
 import json
 import pickle
+import sys
 import time
 import types
 
@@ -30,10 +32,8 @@ ARRAYS = {
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
-        np.testing.assert_array_equal(
-            found[name].view(np.uint8) if array.ndim else found[name], array.view(np.uint8)
-        ) if (array.ndim) else np.testing.assert_array_equal(found[name], array)
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+        assert found[name].tobytes() == array.tobytes(), name
 
 
 def as_torch(arrays):
@@ -106,7 +106,7 @@ def test_ambiguous_or_empty_torch_files(tmp_path):
     with pytest.raises(WeightsFileError, match="holds no tensors"):
         read(path)
     torch.save({"s": torch.eye(3).to_sparse()}, path)
-    with pytest.raises(WeightsFileError, match="tensor 's' .* is not a plain array"):
+    with pytest.raises(WeightsFileError, match=r"tensor 's' .* is not a plain array"):
         read(path)
 
 
@@ -131,7 +131,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path):
         read(path)
     for protocol in range(6):
         path.write_bytes(pickle.dumps({"a": Trap()}, protocol))
-        with pytest.raises(WeightsFileError, match="trap.pth"):
+        with pytest.raises(WeightsFileError, match=r"trap\.pth"):
             read(path)
     assert not Trap.sprung
 
@@ -178,11 +178,11 @@ def test_sharded_safetensors(tmp_path):
         read(path)
     index["weight_map"]["more"] = "absent.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="names absent.safetensors, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"names absent\.safetensors, which is not there"):
         read(path)
     index["weight_map"]["more"] = "../../elsewhere.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(WeightsFileError, match="not a .safetensors file beside it"):
+    with pytest.raises(WeightsFileError, match=r"not a .safetensors file beside it"):
         read(path)
     for text in ("[1]", "{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'):
         path.write_text(text)
@@ -276,7 +276,7 @@ def test_mutated_files_are_read_or_refused_but_never_crash_or_hang(tmp_path, kin
     if kind == "gguf":
         values = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
         write_gguf(path, {"plain": values}, [(q.name, values, q) for q in QUANTIZED])
-        head = open_gguf(path)[1]["plain"].data.ctypes.data and 600
+        head = 700
     else:
         save_file(ARRAYS, path)
         head = 300
@@ -296,7 +296,7 @@ def test_mutated_files_are_read_or_refused_but_never_crash_or_hang(tmp_path, kin
 def test_wrong_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read(tmp_path / "absent.pth")
-    with pytest.raises(FileNotFoundError, match="no checkpoint in .*: it has nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: it has nothing"):
         read(tmp_path)
     (tmp_path / "weights.h5").write_bytes(b"x")
     with pytest.raises(WeightsFileError, match=r"weights.h5: unknown kind of file; expected \.pth"):
@@ -306,7 +306,7 @@ def test_wrong_sources(tmp_path):
     save_file(ARRAYS, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="key is for torch files"):
         read(tmp_path / "m.safetensors", key="ema")
-    with pytest.raises(WeightsFileError, match="has sha256 [0-9a-f]{64}, expected 00"):
+    with pytest.raises(WeightsFileError, match=r"has sha256 [0-9a-f]{64}, expected 00"):
         read(tmp_path / "m.safetensors", sha256="00" * 32)
 
 
@@ -315,7 +315,7 @@ def test_wrong_sources(tmp_path):
     [("torch", "m.pth", "torch"), ("gguf", "m.gguf", "gguf"), ("huggingface_hub", "", "hub")],
 )
 def test_missing_packages_are_named_with_their_extra(tmp_path, monkeypatch, package, file, extra):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     source = f"hf://o/r/{package}.safetensors"
     if file:
         source = tmp_path / file
@@ -350,11 +350,11 @@ def test_hub_addresses_are_read_with_their_shards_and_hashes(tmp_path, monkeypat
         for name in ("model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors")
     )
     content = (tmp_path / "sub" / "model-1-of-2.safetensors").read_bytes()
-    digest = __import__("hashlib").sha256(content).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     assert download("hf://org/repo/sub/model-1-of-2.safetensors", sha256=digest.upper()).read_bytes() == content
     with pytest.raises(WeightsFileError, match=f"has sha256 {digest}, expected"):
         read("hf://org/repo/sub/model-1-of-2.safetensors", sha256="0" * 64)
-    with pytest.raises(FileNotFoundError, match="repository org/repo has no file 'sub/absent.gguf'"):
+    with pytest.raises(FileNotFoundError, match=r"repository org/repo has no file 'sub/absent.gguf'"):
         read("hf://org/repo/sub/absent.gguf")
 
 
