@@ -218,7 +218,7 @@ def test_two_names_for_one_place():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("a", "params/a", "transpose"), "transform must be a Transform or one of none"),
+        (("a", "params/a", "transpose"), "unknown transform 'transpose'; .*an own one is a Transform"),
         (("a(", "params/a"), "not a regular expression"),
         ((r"a\.\d+", "params/a"), "cannot be read backwards"),
         ((r"a.*", "params/a"), "cannot be read backwards"),
@@ -234,7 +234,7 @@ def test_two_names_for_one_place():
 def test_wrong_rules(arguments, message):
     with pytest.raises(ValueError, match=message):
         Rule(*arguments)
-    with pytest.raises(ValueError, match="kind must be one of"):
+    with pytest.raises(ValueError, match="unknown kind of layer 'dense'"):
         layer("dense", "a", "a")
 
 

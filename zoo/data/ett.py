@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 
 from zoo.data.time_series import Series, read_csv
+from zoo.errors import unknown
 
 FREQUENCIES = {"ETTh1": "h", "ETTh2": "h", "ETTm1": "15min", "ETTm2": "15min"}
 ROWS = {"ETTh1": 17420, "ETTh2": 17420, "ETTm1": 69680, "ETTm2": 69680}
@@ -34,13 +35,19 @@ def read_ett(name: str, data_dir: str | pathlib.Path) -> Series:
         return read_csv(csv, frequency=frequency, columns=COLUMNS)
     if not (data_dir / "ett" / name.removeprefix("ETT")).is_dir():
         raise FileNotFoundError(
-            f"neither {csv} nor a prepared data set in {data_dir}; zoo.data.ett.prepare_ett({name!r}, folder) downloads it"
+            f"neither {csv} nor a prepared data set in {data_dir}; "
+            f"zoo.data.ett.prepare_ett({name!r}, folder) downloads it"
         )
     from zoo.data.tfds import array_record_source
     from zoo.data.tfds_builders import ett as _registers  # noqa: F401
 
-    source = array_record_source(f"ett/{name.removeprefix('ETT')}", SPLIT, data_dir)
-    rows = source.__getitems__(range(len(source)))
+    config = name.removeprefix("ETT")
+    try:
+        source = array_record_source(f"ett/{config}", SPLIT, data_dir)
+        rows = source.__getitems__(range(len(source)))
+    except RuntimeError as error:  # of the ArrayRecord reader
+        folder = data_dir / "ett" / config
+        raise ValueError(f"the data set in {folder} is damaged, remove that and prepare it again: {error}") from None
     dates = np.array([row["date"].decode() for row in rows], "datetime64[s]")
     return Series(dates, np.stack([row["values"] for row in rows]), COLUMNS, frequency)
 
@@ -70,5 +77,5 @@ def prepare_ett(name: str, data_dir: str | pathlib.Path, csv_dir: str | pathlib.
 
 def _frequency(name: str) -> str:
     if name not in FREQUENCIES:
-        raise ValueError(f"name must be one of {', '.join(FREQUENCIES)}, got {name!r}")
+        raise unknown("ETT series", name, FREQUENCIES)
     return FREQUENCIES[name]

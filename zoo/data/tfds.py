@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
 
-def array_record_source(name: str, split: str, data_dir: str | pathlib.Path) -> Sequence[Any]:
-    """A prepared TFDS data set as a random-access source for Grain (`grain.MapDataset.source`, `zoo.data.batches`).
+def array_record_source(name: str, split: str, data_dir: str | pathlib.Path) -> BaseDataSource:
+    """A prepared TFDS data set as a random-access source for Grain (`grain.MapDataset.source`, `zoo.data.pipeline`).
 
     Args:
       name: "dataset" or "dataset/config", of the TFDS catalogue or of a builder that has been imported.

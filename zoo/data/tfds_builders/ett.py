@@ -26,7 +26,8 @@ transformers (1, 2), hourly (h) and every 15 minutes (m).
 _CITATION = """\
 @inproceedings{zhou2021informer,
   title = {Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting},
-  author = {Haoyi Zhou and Shanghang Zhang and Jieqi Peng and Shuai Zhang and Jianxin Li and Hui Xiong and Wancai Zhang},
+  author = {Zhou, Haoyi and Zhang, Shanghang and Peng, Jieqi and Zhang, Shuai and Li, Jianxin and Xiong, Hui and
+            Zhang, Wancai},
   booktitle = {AAAI},
   year = {2021}
 }
@@ -41,7 +42,9 @@ class Ett(tfds.core.GeneratorBasedBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Optional: a folder that has ETTh1.csv, ... already; otherwise they are downloaded."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        values = tfds.features.Tensor(shape=(len(COLUMNS),), dtype=np.float64, encoding="bytes")  # Example has no float64
+        values = tfds.features.Tensor(
+            shape=(len(COLUMNS),), dtype=np.float64, encoding="bytes"
+        )  # Example has no float64
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
