@@ -61,37 +61,58 @@ def _spans(operands: Operands, options: Options) -> list[_Span]:
 
 
 class _Tile(NamedTuple):
-    """Where a tile of logits lies: a batch index, a key head, a block of queries and a range of keys."""
+    """Where a tile of logits lies: a batch index, a key head, a block of queries and a range of keys.
+
+    Its rows are the queries of the block, each in the heads that share the key head: row r is query r // group.
+    """
 
     batch: jax.Array
     key_head: jax.Array
+    group: int
     query_start: jax.Array
     block: int
     key_start: jax.Array
     width: int
 
     def queries(self, array: jax.Array) -> jax.Array:
-        """The block's part of an array whose leading axis is queries."""
-        return jax.lax.dynamic_slice_in_dim(array, self.query_start, self.block)
+        """(T, group, ...) -> (rows, ...)."""
+        part = jax.lax.dynamic_slice_in_dim(array, self.query_start, self.block)
+        return part.reshape(-1, *array.shape[2:])
+
+    def rows(self, array: jax.Array) -> jax.Array:
+        """(T,) -> (rows, 1)."""
+        part = jax.lax.dynamic_slice_in_dim(array, self.query_start, self.block)
+        return jnp.repeat(part, self.group)[:, None]
 
     def keys(self, array: jax.Array) -> jax.Array:
-        """The range's part of an array whose leading axis is keys."""
+        """(S, ...) -> (width, ...)."""
         return jax.lax.dynamic_slice_in_dim(array, self.key_start, self.width)
 
-    def bias_window(self, shape: tuple[int, ...], group: int) -> tuple[list[Any], list[int]]:
+    def row_index(self) -> jax.Array:
+        """The queries' indices, (rows, 1)."""
+        return (self.query_start + jnp.arange(self.block * self.group) // self.group)[:, None]
+
+    def key_index(self) -> jax.Array:
+        """The keys' indices, (width,)."""
+        return self.key_start + jnp.arange(self.width)
+
+    def bias_window(self, shape: tuple[int, ...]) -> tuple[list[Any], list[int]]:
         """Starts and sizes of the tile's part of a bias that broadcasts to (B, H, T, S)."""
-        starts = (self.batch, self.key_head * group, self.query_start, self.key_start)
-        sizes = (1, group, self.block, self.width)
+        starts = (self.batch, self.key_head * self.group, self.query_start, self.key_start)
+        sizes = (1, self.group, self.block, self.width)
         return (
             [0 if full == 1 else start for full, start in zip(shape, starts, strict=True)],
             [min(full, size) for full, size in zip(shape, sizes, strict=True)],
         )
 
 
-def _tile(span: _Span, index: jax.Array, block: jax.Array | int, key_heads: int) -> _Tile:
+def _tile(span: _Span, index: jax.Array, block: jax.Array | int, operands: Operands) -> _Tile:
+    """Tile number `block` of the span, for batch and key head number `index`."""
+    heads, key_heads = operands.query.shape[2], operands.key.shape[2]
     query_start = span.start + block * span.block
     key_start = jnp.clip(query_start - span.left, span.low, span.high - span.width)
-    return _Tile(index // key_heads, index % key_heads, query_start, span.block, key_start, span.width)
+    batch, key_head = index // key_heads, index % key_heads
+    return _Tile(batch, key_head, heads // key_heads, query_start, span.block, key_start, span.width)
 
 
 def _repeat(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, count: int) -> tuple[Any, Any]:
@@ -118,23 +139,23 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
 def _logits(
     query: jax.Array, key: jax.Array, tile: _Tile, operands: Operands, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits (block, group, width), -inf where masked, and the capped products before the bias.
+    """Logits (rows, width), NEGATIVE_INFINITY where masked, and the capped products before the bias.
 
     Args:
-      query: (block, group, D), scaled.
+      query: (rows, D), scaled.
       key: (width, D).
       tile: where they lie.
       operands: for all that acts on the logits.
       options: static options.
     """
-    block, group, width = query.shape
-    capped = _dot(query.reshape(block * group, width), key, (1, 1)).reshape(block, group, -1)
+    capped = _dot(query, key, (1, 1))
     if options.logit_softcap is not None:
         capped = options.logit_softcap * jnp.tanh(capped / options.logit_softcap)
     logits = capped
     if operands.bias is not None:
-        bias = jax.lax.dynamic_slice(operands.bias, *tile.bias_window(operands.bias.shape, group))[0]
-        logits += bias.swapaxes(0, 1).astype(jnp.float32)
+        bias = jax.lax.dynamic_slice(operands.bias, *tile.bias_window(operands.bias.shape))[0].swapaxes(0, 1)
+        bias = jnp.broadcast_to(bias, (tile.block, tile.group, bias.shape[-1]))
+        logits += bias.reshape(-1, bias.shape[-1]).astype(jnp.float32)
 
     def of_batch(array: jax.Array | None) -> jax.Array | None:
         if array is None:
@@ -142,37 +163,31 @@ def _logits(
         return array[0] if array.shape[0] == 1 else array[tile.batch]
 
     def rows(array: jax.Array | None) -> jax.Array | None:
-        return None if array is None else tile.queries(of_batch(array))[:, None, None]
+        return None if array is None else tile.rows(of_batch(array))
 
     def columns(array: jax.Array | None) -> jax.Array | None:
         return None if array is None else tile.keys(of_batch(array))
 
-    query_index = tile.query_start + jnp.arange(tile.block)[:, None, None]
-    key_index = tile.key_start + jnp.arange(tile.width)
     mask = visible(
         options,
-        query_index if operands.query_positions is None else rows(operands.query_positions),
-        key_index if operands.key_positions is None else columns(operands.key_positions),
+        tile.row_index() if operands.query_positions is None else rows(operands.query_positions),
+        tile.key_index() if operands.key_positions is None else columns(operands.key_positions),
         rows(operands.query_segment_ids),
         columns(operands.key_segment_ids),
         of_batch(operands.prefix_lengths),
-        key_index,
+        tile.key_index(),
         of_batch(operands.key_lengths),
     )
-    return (logits if mask is None else jnp.where(mask, logits, -jnp.inf)), capped
+    return (logits if mask is None else jnp.where(mask, logits, NEGATIVE_INFINITY)), capped
 
 
 def _dropout(weights: jax.Array, tile: _Tile, operands: Operands, options: Options) -> jax.Array:
-    """Drops weights (block, group, width) and scales what is kept."""
+    """Drops weights (rows, width) and scales what is kept."""
     if options.dropout_rate == 0:
         return weights
-    heads, group = operands.query.shape[2], weights.shape[1]
-    uniform = hash_uniform(
-        operands.dropout_seed,
-        tile.batch * heads + tile.key_head * group + jnp.arange(group)[:, None],
-        tile.query_start + jnp.arange(tile.block)[:, None, None],
-        tile.key_start + jnp.arange(tile.width),
-    )
+    heads = operands.query.shape[2]
+    head = tile.batch * heads + tile.key_head * tile.group + jnp.tile(jnp.arange(tile.group), tile.block)
+    uniform = hash_uniform(operands.dropout_seed, head[:, None], tile.row_index(), tile.key_index())
     return jnp.where(uniform >= options.dropout_rate, weights / (1 - options.dropout_rate), 0)
 
 
@@ -190,24 +205,23 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         value = _head(operands.value, batch_index, key_head, key_heads)[:, 0]
         sinks = None
         if operands.sinks is not None:
-            sinks = jax.lax.dynamic_slice_in_dim(operands.sinks.astype(jnp.float32), key_head * group, group)
+            of_head = jax.lax.dynamic_slice_in_dim(operands.sinks.astype(jnp.float32), key_head * group, group)
+            sinks = lambda tile: jnp.tile(of_head, tile.block)[:, None]
 
         def one_block(span: _Span, block: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-            tile = _tile(span, index, block, key_heads)
+            tile = _tile(span, index, block, operands)
             logits, _ = _logits(tile.queries(query), tile.keys(key), tile, operands, options)
-            maximum = jnp.max(logits, axis=-1, initial=NEGATIVE_INFINITY)
+            maximum = jnp.max(logits, axis=-1, keepdims=True)
             if sinks is not None:
-                maximum = jnp.maximum(maximum, sinks)
-            weights = jnp.exp(logits - maximum[..., None])
-            denominator = weights.sum(axis=-1)
+                maximum = jnp.maximum(maximum, sinks(tile))
+            weights = jnp.exp(logits - maximum)
+            denominator = weights.sum(axis=-1, keepdims=True)
             if sinks is not None:
-                denominator += jnp.exp(sinks - maximum)
-            empty = denominator == 0
-            denominator = jnp.where(empty, 1, denominator)
-            weights = _dropout(weights, tile, operands, options)
-            out = _dot(weights.reshape(-1, tile.width), tile.keys(value), (1, 0))
-            out = out.reshape(tile.block, group, value_width) / denominator[..., None]
-            return out.astype(operands.query.dtype), jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
+                denominator += jnp.exp(sinks(tile) - maximum)
+            empty = maximum <= NEGATIVE_INFINITY
+            out = _dot(_dropout(weights, tile, operands, options), tile.keys(value), (1, 0))
+            out = jnp.where(empty, 0, out / denominator).astype(operands.query.dtype)
+            return out, jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
 
         parts = []
         for span in spans:
@@ -261,29 +275,24 @@ def backward(
 
         def one_block(span: _Span, carry, block: jax.Array | int):
             d_key, d_value, d_bias = carry
-            tile = _tile(span, index, block, key_heads)
-            rows = tile.block * group
-            query_block, key_range = tile.queries(query), tile.keys(key)
-            d_block = tile.queries(d_head).reshape(rows, value_width)
+            tile = _tile(span, index, block, operands)
+            query_block, key_range, d_block = tile.queries(query), tile.keys(key), tile.queries(d_head)
             logits, capped = _logits(query_block, key_range, tile, operands, options)
-            weights = jnp.exp(logits - tile.queries(row_logsumexp)[..., None])
-            d_weights = _dot(d_block, tile.keys(value), (1, 1)).reshape(weights.shape)
-            d_weights = _dropout(d_weights, tile, operands, options)
+            weights = jnp.exp(logits - tile.queries(row_logsumexp)[:, None])
+            d_weights = _dropout(_dot(d_block, tile.keys(value), (1, 1)), tile, operands, options)
             delta = jnp.sum(weights * d_weights, axis=-1) - tile.queries(d_row)
-            d_logits = weights * (d_weights - delta[..., None])
-            dropped = _dropout(weights, tile, operands, options).reshape(rows, -1)
+            d_logits = weights * (d_weights - delta[:, None])
+            dropped = _dropout(weights, tile, operands, options)
             d_value = _add(d_value, _dot(d_block, dropped, (0, 0)), [0, tile.key_start])
             if d_bias is not None:
-                starts, sizes = tile.bias_window(d_bias.shape, group)
-                part = d_logits.swapaxes(0, 1)[None]
+                starts, sizes = tile.bias_window(d_bias.shape)
+                part = d_logits.reshape(1, tile.block, group, tile.width).swapaxes(1, 2)
                 summed = [axis for axis, size in enumerate(sizes) if size == 1]
                 d_bias = _add(d_bias, part.sum(axis=summed, keepdims=True), starts)
             if options.logit_softcap is not None:
                 d_logits *= 1 - (capped / options.logit_softcap) ** 2
-            d_products = d_logits.reshape(rows, -1)
-            d_query = options.scale * _dot(d_products, key_range, (1, 0))
-            d_key = _add(d_key, _dot(query_block.reshape(rows, width), d_products, (0, 0)), [0, tile.key_start])
-            d_query = d_query.reshape(tile.block, group, width).astype(operands.query.dtype)
+            d_query = (options.scale * _dot(d_logits, key_range, (1, 0))).astype(operands.query.dtype)
+            d_key = _add(d_key, _dot(query_block, d_logits, (0, 0)), [0, tile.key_start])
             return (d_key, d_value, d_bias), (d_query, delta)
 
         # Sums with the keys last: a product whose large factor were read down its columns is twice as slow.
