@@ -8,6 +8,7 @@ default ones, a block's range of keys is cut to what causality and the window le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class _Span(NamedTuple):
 
     start: int  # the first query
     block: int  # queries in a block
-    count: int  # blocks
+    blocks: int
     low: int  # the keys that the span may see
     high: int
     left: int  # how far before its first query a block looks, if width < high - low
@@ -56,7 +57,7 @@ def _spans(operands: Operands, options: Options) -> list[_Span]:
             block = min(max(rows * key_heads // heads, 1), stop - start)
             width = high - low if left is None or right is None else min(high - low, left + block + right)
             spans.append(_Span(start, block, (stop - start) // block, low, high, left or 0, width))
-            start += block * spans[-1].count
+            start += block * spans[-1].blocks
     return spans
 
 
@@ -69,7 +70,7 @@ class _Tile(NamedTuple):
     batch: jax.Array
     key_head: jax.Array
     group: int
-    query_start: jax.Array
+    query_start: jax.Array | int
     block: int
     key_start: jax.Array
     width: int
@@ -87,6 +88,11 @@ class _Tile(NamedTuple):
     def keys(self, array: jax.Array) -> jax.Array:
         """(S, ...) -> (width, ...)."""
         return jax.lax.dynamic_slice_in_dim(array, self.key_start, self.width)
+
+    def heads(self, array: jax.Array) -> jax.Array:
+        """(H,) -> (rows, 1)."""
+        part = jax.lax.dynamic_slice_in_dim(array, self.key_head * self.group, self.group)
+        return jnp.tile(part, self.block)[:, None]
 
     def row_index(self) -> jax.Array:
         """The queries' indices, (rows, 1)."""
@@ -157,37 +163,32 @@ def _logits(
         bias = jnp.broadcast_to(bias, (tile.block, tile.group, bias.shape[-1]))
         logits += bias.reshape(-1, bias.shape[-1]).astype(jnp.float32)
 
-    def of_batch(array: jax.Array | None) -> jax.Array | None:
-        if array is None:
-            return None
+    def of_batch(array: jax.Array) -> jax.Array:
         return array[0] if array.shape[0] == 1 else array[tile.batch]
 
-    def rows(array: jax.Array | None) -> jax.Array | None:
-        return None if array is None else tile.rows(of_batch(array))
-
-    def columns(array: jax.Array | None) -> jax.Array | None:
-        return None if array is None else tile.keys(of_batch(array))
+    def part(function: Callable[[jax.Array], jax.Array], array: jax.Array | None) -> Any:
+        return None if array is None else function(of_batch(array))
 
     mask = visible(
         options,
-        tile.row_index() if operands.query_positions is None else rows(operands.query_positions),
-        tile.key_index() if operands.key_positions is None else columns(operands.key_positions),
-        rows(operands.query_segment_ids),
-        columns(operands.key_segment_ids),
-        of_batch(operands.prefix_lengths),
+        tile.row_index() if operands.query_positions is None else part(tile.rows, operands.query_positions),
+        tile.key_index() if operands.key_positions is None else part(tile.keys, operands.key_positions),
+        part(tile.rows, operands.query_segment_ids),
+        part(tile.keys, operands.key_segment_ids),
+        part(jnp.asarray, operands.prefix_lengths),
         tile.key_index(),
-        of_batch(operands.key_lengths),
+        part(jnp.asarray, operands.key_lengths),
     )
     return (logits if mask is None else jnp.where(mask, logits, NEGATIVE_INFINITY)), capped
 
 
 def _dropout(weights: jax.Array, tile: _Tile, operands: Operands, options: Options) -> jax.Array:
     """Drops weights (rows, width) and scales what is kept."""
-    if options.dropout_rate == 0:
+    if options.dropout_rate == 0 or operands.dropout_seed is None:
         return weights
     heads = operands.query.shape[2]
-    head = tile.batch * heads + tile.key_head * tile.group + jnp.tile(jnp.arange(tile.group), tile.block)
-    uniform = hash_uniform(operands.dropout_seed, head[:, None], tile.row_index(), tile.key_index())
+    head = tile.batch * heads + tile.heads(jnp.arange(heads))
+    uniform = hash_uniform(operands.dropout_seed, head, tile.row_index(), tile.key_index())
     return jnp.where(uniform >= options.dropout_rate, weights / (1 - options.dropout_rate), 0)
 
 
@@ -203,29 +204,26 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
         key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
         value = _head(operands.value, batch_index, key_head, key_heads)[:, 0]
-        sinks = None
-        if operands.sinks is not None:
-            of_head = jax.lax.dynamic_slice_in_dim(operands.sinks.astype(jnp.float32), key_head * group, group)
-            sinks = lambda tile: jnp.tile(of_head, tile.block)[:, None]
 
-        def one_block(span: _Span, block: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        def one_block(span: _Span, _: None, block: jax.Array | int) -> tuple[None, tuple[jax.Array, jax.Array]]:
             tile = _tile(span, index, block, operands)
-            logits, _ = _logits(tile.queries(query), tile.keys(key), tile, operands, options)
+            logits = _logits(tile.queries(query), tile.keys(key), tile, operands, options)[0]
             maximum = jnp.max(logits, axis=-1, keepdims=True)
-            if sinks is not None:
-                maximum = jnp.maximum(maximum, sinks(tile))
+            if operands.sinks is not None:
+                sinks = tile.heads(operands.sinks.astype(jnp.float32))
+                maximum = jnp.maximum(maximum, sinks)
             weights = jnp.exp(logits - maximum)
             denominator = weights.sum(axis=-1, keepdims=True)
-            if sinks is not None:
-                denominator += jnp.exp(sinks(tile) - maximum)
+            if operands.sinks is not None:
+                denominator += jnp.exp(sinks - maximum)
             empty = maximum <= NEGATIVE_INFINITY
             out = _dot(_dropout(weights, tile, operands, options), tile.keys(value), (1, 0))
             out = jnp.where(empty, 0, out / denominator).astype(operands.query.dtype)
-            return out, jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
+            return None, (out, jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator)))
 
         parts = []
         for span in spans:
-            _, (out, logsumexp) = _repeat(lambda _, i, span=span: (None, one_block(span, i)), None, span.count)
+            _, (out, logsumexp) = _repeat(partial(one_block, span), None, span.blocks)
             parts.append((out.reshape(-1, group, value_width), logsumexp.reshape(-1, group)))
         outs, logsumexps = zip(*parts, strict=True)
         return jnp.concatenate(outs), jnp.concatenate(logsumexps)
@@ -265,7 +263,7 @@ def backward(
     by_key_head = (batch, key_heads, group, queries)
     d_logsumexp, finite = d_logsumexp.reshape(by_key_head), finite.reshape(by_key_head)
 
-    def one_head(d_bias: jax.Array | None, index: jax.Array):
+    def one_head(d_bias: jax.Array | None, index: jax.Array) -> tuple[Any, Any]:
         batch_index, key_head = index // key_heads, index % key_heads
         query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
         key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
@@ -273,7 +271,7 @@ def backward(
         d_head = _head(d_out, batch_index, key_head, key_heads)
         d_row, row_logsumexp = (x[batch_index, key_head].T for x in (d_logsumexp, finite))
 
-        def one_block(span: _Span, carry, block: jax.Array | int):
+        def one_block(span: _Span, carry: Any, block: jax.Array | int) -> tuple[Any, Any]:
             d_key, d_value, d_bias = carry
             tile = _tile(span, index, block, operands)
             query_block, key_range, d_block = tile.queries(query), tile.keys(key), tile.queries(d_head)
@@ -299,7 +297,7 @@ def backward(
         carry = (jnp.zeros((width, keys)), jnp.zeros((value_width, keys)), d_bias)
         parts = []
         for span in spans:
-            carry, (d_query, delta) = _repeat(lambda carry, i, span=span: one_block(span, carry, i), carry, span.count)
+            carry, (d_query, delta) = _repeat(partial(one_block, span), carry, span.blocks)
             parts.append((d_query.reshape(-1, group, width), delta.reshape(-1, group)))
         d_key, d_value, d_bias = carry
         d_queries, deltas = map(jnp.concatenate, zip(*parts, strict=True))
@@ -311,7 +309,7 @@ def backward(
     d_query = d_query.reshape(batch, key_heads, queries, group, width).swapaxes(1, 2)
     d_key = jnp.moveaxis(d_key.reshape(batch, key_heads, width, keys), 3, 1)
     d_value = jnp.moveaxis(d_value.reshape(batch, key_heads, value_width, keys), 3, 1)
-    if operands.bias is not None:
+    if operands.bias is not None and d_bias is not None:
         d_bias = d_bias.astype(operands.bias.dtype)
     d_sinks = None
     if operands.sinks is not None:
