@@ -154,7 +154,7 @@ def test_equals_its_parts(pool, positions):
     if positions == "learned":
         x = x + weights["positions"]
     encoder = Encoder(dataclasses.replace(VIT, pool=pool, positions=positions))
-    x = encoder.apply({"params": weights["encoder"]}, x)
+    x = jax.jit(encoder.apply)({"params": weights["encoder"]}, x)
     x = x[:, 0] if pool == "class" else x.mean(axis=1)
     np.testing.assert_allclose(logits, x @ weights["head"]["kernel"] + weights["head"]["bias"], atol=5e-5)
 
@@ -169,7 +169,7 @@ def test_other_resolutions_interpolate_the_positions_of_patches(pool):
     other = ViT(dataclasses.replace(VIT, pool=pool, image_size=(16, 8)))
     moved = {"params": variables["params"] | {"positions": resized}}
     np.testing.assert_allclose(
-        model.apply(variables, images(16, 8)), other.apply(moved, images(16, 8)), rtol=0, atol=1e-5
+        jax.jit(model.apply)(variables, images(16, 8)), jax.jit(other.apply)(moved, images(16, 8)), rtol=0, atol=1e-5
     )
 
 
