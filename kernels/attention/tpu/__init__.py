@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.operands import Operands, Options
+from kernels.attention.tpu.backward import backward_call, bias_gradient_call
 from kernels.attention.tpu.forward import forward_call
 from kernels.attention.tpu.plan import DECODE_QUERIES, DECODE_ROWS
 from kernels.common import round_up
@@ -37,6 +37,44 @@ def forward(
         sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)[:, None, None]
         out, logsumexp = forward_call(operands, sinks, options, decode=False, interpret=interpret)
     return out.astype(dtype), logsumexp
+
+
+def backward(
+    operands: Operands,
+    out: jax.Array,
+    logsumexp: jax.Array,
+    d_out: jax.Array,
+    d_logsumexp: jax.Array,
+    options: Options,
+    *,
+    interpret: bool | pltpu.InterpretParams,
+) -> Operands:
+    """Gradients of the operands, None for integers and for what is absent.
+
+    Args:
+      operands: as in `forward`.
+      out, logsumexp: what `forward` gave.
+      d_out, d_logsumexp: their cotangents.
+      options, interpret: as in `forward`.
+    """
+    given = operands
+    operands = _in_supported_dtype(operands)
+    residuals = (out.astype(operands.query.dtype), logsumexp, d_out.astype(operands.query.dtype), d_logsumexp)
+    d_query, d_key, d_value = backward_call(operands, residuals, options, interpret=interpret)
+    d_bias = d_sinks = None
+    if operands.bias is not None:
+        d_bias = bias_gradient_call(operands, residuals, options, interpret=interpret)
+    if operands.sinks is not None:  # a key whose value is zero: its logit's gradient is -probability delta
+        delta = jnp.einsum("bthe,bthe->bht", out, d_out, preferred_element_type=jnp.float32) - d_logsumexp
+        probability = jnp.exp(operands.sinks.astype(jnp.float32)[:, None] - logsumexp)
+        d_sinks = -jnp.sum(probability * delta, axis=(0, 2)).astype(operands.sinks.dtype)
+    return Operands(
+        query=d_query.astype(given.query.dtype),
+        key=d_key.astype(given.key.dtype),
+        value=d_value.astype(given.value.dtype),
+        bias=d_bias,
+        sinks=d_sinks,
+    )
 
 
 def _in_supported_dtype(operands: Operands) -> Operands:
@@ -100,5 +138,3 @@ def _decode(
     )
 
 
-def backward(operands, out, logsumexp, d_out, d_logsumexp, options, *, interpret):
-    raise NotImplementedError

@@ -196,12 +196,12 @@ class Tiles:
         index = key_block * self.plan.block_k + jax.lax.broadcasted_iota(jnp.int32, keys.shape, axis)
         return jnp.where(index < limit, keys.astype(jnp.float32), 0).astype(keys.dtype)
 
-    def existing_queries(self, rows: jax.Array) -> jax.Array:
-        """(n, queries of the block) with zeros for those beyond the array."""
+    def existing_queries(self, columns: jax.Array, rows: Any) -> jax.Array:
+        """(n, these queries of the block) with zeros for those beyond the array."""
         if not self.plan.ragged_queries:
-            return rows
-        index = self.first_query + jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1)
-        return jnp.where(index < self.plan.queries, rows.astype(jnp.float32), 0).astype(rows.dtype)
+            return columns
+        index = self.first_query + rows.start + jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
+        return jnp.where(index < self.plan.queries, columns.astype(jnp.float32), 0).astype(columns.dtype)
 
     def _columns(self, key_block: Any, lane: int) -> Any:
         start = jax.lax.rem(key_block, self.plan.blocks_per_chunk) * self.plan.block_k
