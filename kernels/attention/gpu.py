@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.attention import chunked
 from kernels.attention.operands import Operands, Options, visible
 from kernels.common import NEGATIVE_INFINITY, hash_uniform
 
@@ -36,21 +37,25 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By kernel, bytes of an input's element, and the wider of key and value, rounded up to a power of 2. Chosen by what
-# ptxas reports for an H100: the largest tiles that spill nothing. float32 has no tensor core of its own precision.
+# By pass, bytes of an input's element, and the wider of key and value, rounded up to a power of 2. The usual sizes of
+# FlashAttention-2, cut until ptxas spills nothing on an H100. float32 runs without tensor cores, which round to TF32.
 _BLOCKS: dict[tuple[str, int, int], Blocks] = {
-    ("forward", 2, 64): Blocks(128, 64, 4, 3),
-    ("forward", 2, 128): Blocks(128, 64, 8, 3),
-    ("forward", 2, 256): Blocks(64, 32, 4, 2),
-    ("backward", 2, 64): Blocks(64, 64, 4, 2),
-    ("backward", 2, 128): Blocks(64, 64, 8, 2),
-    ("backward", 2, 256): Blocks(32, 32, 4, 1),
-    ("forward", 4, 64): Blocks(32, 32, 4, 1),
-    ("forward", 4, 128): Blocks(32, 32, 4, 1),
-    ("forward", 4, 256): Blocks(16, 16, 4, 1),
-    ("backward", 4, 64): Blocks(32, 32, 4, 1),
-    ("backward", 4, 128): Blocks(32, 32, 8, 1),
-    ("backward", 4, 256): Blocks(16, 16, 4, 1),
+    ("forward", 2, 64): Blocks(128, 64, warps=4, stages=3),
+    ("forward", 2, 128): Blocks(128, 64, warps=8, stages=3),
+    ("forward", 2, 256): Blocks(128, 64, warps=8, stages=2),
+    ("forward", 2, 512): Blocks(32, 32, warps=8, stages=1),
+    ("backward", 2, 64): Blocks(64, 64, warps=4, stages=2),
+    ("backward", 2, 128): Blocks(64, 64, warps=8, stages=2),
+    ("backward", 2, 256): Blocks(32, 64, warps=8, stages=1),
+    ("backward", 2, 512): Blocks(16, 32, warps=8, stages=1),
+    ("forward", 4, 64): Blocks(32, 32, warps=4, stages=1),
+    ("forward", 4, 128): Blocks(32, 32, warps=4, stages=1),
+    ("forward", 4, 256): Blocks(16, 16, warps=4, stages=1),
+    ("forward", 4, 512): Blocks(16, 16, warps=4, stages=1),
+    ("backward", 4, 64): Blocks(32, 32, warps=4, stages=1),
+    ("backward", 4, 128): Blocks(32, 32, warps=8, stages=1),
+    ("backward", 4, 256): Blocks(16, 16, warps=8, stages=1),
+    ("backward", 4, 512): Blocks(16, 16, warps=8, stages=1),  # spills
 }
 
 
@@ -83,12 +88,14 @@ class _Plan:
         return pl.cdiv(self.keys, self.blocks.keys)
 
 
+_WIDEST = max(width for _, _, width in _BLOCKS)
+
+
 def _plan(operands: Operands, options: Options, kernel: str, fold: int = 1) -> _Plan:
     batch, rows, heads, width = operands.query.shape
     keys, key_heads, value_width = operands.value.shape[1:]
-    size = min(operands.query.dtype.itemsize, 4)
-    widest = min(max(pl.next_power_of_2(max(width, value_width)), 64), 256)
-    blocks = _BLOCKS[kernel, max(size, 2), widest]
+    widest = max(pl.next_power_of_2(max(width, value_width)), 64)
+    blocks = _BLOCKS[kernel, operands.query.dtype.itemsize, widest]
     blocks = blocks._replace(
         rows=min(blocks.rows, max(pl.next_power_of_2(rows), 16)),
         keys=min(blocks.keys, max(pl.next_power_of_2(keys), 16)),
@@ -107,6 +114,9 @@ class _Tile(NamedTuple):
 
 def forward(operands: Operands, *, options: Options, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Output (B, T, H, E) in the inputs' dtype and log-sum-exp (B, H, T) float32."""
+    if max(operands.query.shape[3], operands.value.shape[3]) > _WIDEST:  # no tile of such rows fits a core
+        return chunked.forward(operands, options)
+    dtype, operands = operands.query.dtype, _in_supported_dtype(operands)
     batch, queries, heads, _ = operands.query.shape
     key_heads = operands.key.shape[2]
     fold = heads // key_heads if queries * heads // key_heads <= _DECODE_ROWS else 0
@@ -130,11 +140,11 @@ def forward(operands: Operands, *, options: Options, interpret: bool) -> tuple[j
         name="attention_gpu_forward",
     )(_fold(operands, fold)._replace(sinks=None) if fold else operands)
     if not fold:
-        return out[0], logsumexp[0]
+        return out[0].astype(dtype), logsumexp[0]
     return _combine(
         out.reshape(splits, batch, queries, fold, key_heads, -1).swapaxes(3, 4).reshape(splits, batch, queries, heads, -1),
         logsumexp.reshape(splits, batch, key_heads, queries, fold).swapaxes(3, 4).reshape(splits, batch, heads, queries),
-        operands.sinks, operands.query.dtype,
+        operands.sinks, dtype,
     )  # fmt: skip
 
 
@@ -149,13 +159,15 @@ def backward(
     interpret: bool,
 ) -> Operands:
     """Gradients in the shapes and dtypes of the operands; None for integers and what is absent."""
+    if max(operands.query.shape[3], operands.value.shape[3]) > _WIDEST:
+        return chunked.backward(operands, out, logsumexp, d_out, d_logsumexp, options=options)
+    dtype, operands = operands.query.dtype, _in_supported_dtype(operands)
     plan = _plan(operands, options, "backward")
-    # d logits = probabilities (d probabilities - delta); a row that sees nothing has probabilities exp2(x - inf) = 0.
-    delta = jnp.einsum("bthe,bthe->bht", out.astype(jnp.float32), d_out.astype(jnp.float32)) - d_logsumexp
+    # A row that sees nothing has probabilities exp2(x - inf) = 0.
     row_logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp * _LOG2E)
-    residuals = _Residuals(d_out.astype(operands.query.dtype), row_logsumexp, delta)
+    delta = jnp.einsum("bthe,bthe->bht", out.astype(jnp.float32), d_out.astype(jnp.float32)) - d_logsumexp
+    residuals = _Residuals(d_out.astype(operands.query.dtype), row_logsumexp, delta, d_logsumexp)
     bias = operands.bias
-    partial_bias = jax.ShapeDtypeStruct((plan.batch, plan.heads), jnp.float32)
 
     def call(kernel: Any, name: str, grid: tuple[int, ...], out_shape: Any) -> Any:
         return pl.pallas_call(
@@ -166,16 +178,21 @@ def backward(
     def like(array: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
+    def vectors(length: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((plan.batch, plan.heads, length), jnp.float32)
+
     of_rows = bias is not None and bias.shape[3] == 1
     of_keys = bias is not None and not of_rows and bias.shape[2] == 1
-    d_query, bias_rows = call(
+    d_query, exact_delta, bias_rows = call(
         _d_query_kernel, "query", (plan.batch, plan.heads, plan.row_blocks),
-        (like(operands.query), partial_bias.update(shape=(*partial_bias.shape, plan.rows)) if of_rows else None),
+        (like(operands.query), vectors(plan.rows) if out.dtype != jnp.float32 else None,
+         vectors(plan.rows) if of_rows else None),
     )  # fmt: skip
+    if exact_delta is not None:
+        residuals = residuals._replace(delta=exact_delta)
     d_key, d_value, bias_keys = call(
         _d_key_value_kernel, "key_value", (plan.batch, plan.key_heads, plan.key_blocks),
-        (like(operands.key), like(operands.value),
-         partial_bias.update(shape=(*partial_bias.shape, plan.keys)) if of_keys else None),
+        (like(operands.key), like(operands.value), vectors(plan.keys) if of_keys else None),
     )  # fmt: skip
     d_bias = d_sinks = None
     if bias is not None:
@@ -193,8 +210,16 @@ def backward(
     if operands.sinks is not None:
         # The sink's own probability, times its d logit, -delta.
         sink = operands.sinks.astype(jnp.float32)[None, :, None]
-        d_sinks = -jnp.sum(jnp.exp(sink - logsumexp) * delta, axis=(0, 2)).astype(operands.sinks.dtype)
-    return Operands(d_query, d_key, d_value, d_bias, d_sinks)
+        d_sinks = -jnp.sum(jnp.exp(sink - logsumexp) * residuals.delta, axis=(0, 2)).astype(operands.sinks.dtype)
+    return Operands(*(gradient.astype(dtype) for gradient in (d_query, d_key, d_value)), d_bias, d_sinks)
+
+
+def _in_supported_dtype(operands: Operands) -> Operands:
+    """float64 and floats of 8 bits become float32."""
+    if operands.query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return operands
+    query, key, value = (array.astype(jnp.float32) for array in operands[:3])
+    return operands._replace(query=query, key=key, value=value)
 
 
 def _compiler_params(plan: _Plan) -> plgpu.CompilerParams:
@@ -261,15 +286,15 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Arra
 
 def _logits(
     refs: Operands, plan: _Plan, at: _Tile, query: jax.Array, key: jax.Array, masked: bool = True
-) -> tuple[jax.Array, jax.Array | None]:
-    """A tile (rows, keys) of biased logits, -inf where masked, and d capped / d uncapped (None without a cap)."""
+) -> tuple[jax.Array, jax.Array | float]:
+    """A tile (rows, keys) of biased logits, -inf where masked, and the slope d logits / d (query . key)."""
     product = _dot(query, key, (1, 1))
-    cap, scale, slope = plan.options.logit_softcap, plan.options.scale, None
+    cap, scale = plan.options.logit_softcap, plan.options.scale
     if cap is None:
-        logits = product * (scale * _LOG2E)
+        logits, slope = product * (scale * _LOG2E), scale
     else:
         tanh = jnp.tanh(product * (scale / cap))
-        logits, slope = tanh * (cap * _LOG2E), 1 - tanh * tanh
+        logits, slope = tanh * (cap * _LOG2E), scale - scale * tanh * tanh
     if refs.bias is not None:
         logits += _bias(refs.bias, plan, at).astype(jnp.float32) * _LOG2E
     mask = _mask(refs, plan, at) if masked else None
@@ -473,7 +498,8 @@ class _Residuals(NamedTuple):
 
     d_out: jax.Array  # (B, T, H, E)
     logsumexp: jax.Array  # (B, H, T) base 2, +inf for a row that sees nothing
-    delta: jax.Array  # (B, H, T) sum of out * d_out, less d_logsumexp
+    delta: jax.Array  # (B, H, T) sum of probabilities * d_probabilities = sum of out * d_out, less d_logsumexp
+    d_logsumexp: jax.Array  # (B, H, T)
 
 
 class _RowTile(NamedTuple):
@@ -495,10 +521,19 @@ def _load_rows(refs: Operands, residuals: _Residuals, plan: _Plan, at: _Tile) ->
     )
 
 
-def _d_logits(
+class _Gradients(NamedTuple):
+    """Tiles (rows, keys)."""
+
+    probabilities: jax.Array
+    weights: jax.Array  # the same after dropout
+    d_probabilities: jax.Array
+    d_logits: jax.Array  # biased ones
+    slope: jax.Array | float  # d logits / d (query . key)
+
+
+def _gradients(
     refs: Operands, plan: _Plan, at: _Tile, of_rows: _RowTile, key: jax.Array, value: jax.Array, masked: bool = True
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tiles (rows, keys): weights after dropout, gradients of the biased logits, gradients of query . key."""
+) -> _Gradients:
     logits, slope = _logits(refs, plan, at, of_rows.query, key, masked)
     probabilities = jnp.exp2(logits - of_rows.logsumexp[:, None])
     d_probabilities = _dot(of_rows.d_out, value, (1, 1))
@@ -507,13 +542,17 @@ def _d_logits(
         factor = jnp.where(_kept(refs, plan, at), 1 / (1 - plan.options.dropout_rate), 0.0)
         weights, d_probabilities = weights * factor, d_probabilities * factor
     d_logits = probabilities * (d_probabilities - of_rows.delta[:, None])
-    d_products = d_logits * plan.options.scale
-    return weights, d_logits, d_products if slope is None else d_products * slope
+    return _Gradients(probabilities, weights, d_probabilities, d_logits, slope)
 
 
 def _d_query_kernel(
-    refs: Operands, residuals: _Residuals, d_query_ref: Any, d_bias_ref: Any, *, plan: _Plan
+    refs: Operands, residuals: _Residuals, d_query_ref: Any, delta_ref: Any, d_bias_ref: Any, *, plan: _Plan
 ) -> None:
+    """Gradient of the query; with `delta_ref`, also delta to float32 precision.
+
+    An output rounded to bfloat16 gives delta an error that does not cancel in rows of few keys. Where d logits were
+    made with such a delta, what they lack is (exact delta - delta) * probabilities, which is known at the end.
+    """
     rows, keys = plan.blocks.rows, plan.blocks.keys
     batch, head, row_block = _program(plan.batch, plan.heads, plan.row_blocks)
     if plan.options.causal:
@@ -522,20 +561,34 @@ def _d_query_kernel(
     key_head = jax.lax.div(head, plan.group)
     of_rows = _load_rows(refs, residuals, plan, at)
 
-    def body(block: jax.Array, carry: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
-        d_query, d_bias = carry
+    def body(block: jax.Array, sums: dict[str, jax.Array], masked: bool) -> dict[str, jax.Array]:
         here = at._replace(first_key=block * keys)
         key = _load_matrix(refs.key, batch, here.first_key, keys, key_head, masked)
         value = _load_matrix(refs.value, batch, here.first_key, keys, key_head, masked)
-        _, d_logits, d_products = _d_logits(refs, plan, here, of_rows, key, value, masked)
+        tile = _gradients(refs, plan, here, of_rows, key, value, masked)
+        new = {"d_query": _dot((tile.d_logits * tile.slope).astype(key.dtype), key)}
+        if delta_ref is not None:
+            new["keys"] = _dot((tile.probabilities * tile.slope).astype(key.dtype), key)
+            new["delta"] = (tile.probabilities * tile.d_probabilities).sum(axis=1)
         if d_bias_ref is not None:
-            d_bias += d_logits.sum(axis=1)
-        return d_query + _dot(d_products.astype(key.dtype), key), d_bias
+            new["d_bias"], new["probability"] = tile.d_logits.sum(axis=1), tile.probabilities.sum(axis=1)
+        return {name: sums[name] + term for name, term in new.items()}
 
-    carry = jnp.zeros(of_rows.query.shape, jnp.float32), jnp.zeros((rows,), jnp.float32)
-    d_query, d_bias = _over_key_blocks(body, _key_blocks(refs, plan, at), carry)
+    names = (
+        ["d_query"] + ["keys", "delta"] * (delta_ref is not None) + ["d_bias", "probability"] * (d_bias_ref is not None)
+    )
+    shapes = {"d_query": of_rows.query.shape, "keys": of_rows.query.shape}
+    sums = {name: jnp.zeros(shapes.get(name, (rows,)), jnp.float32) for name in names}
+    sums = _over_key_blocks(body, _key_blocks(refs, plan, at), sums)
+    d_query, correction = sums["d_query"], None
+    if delta_ref is not None:
+        delta = sums["delta"] - _load_vector(residuals.d_logsumexp, (batch, head), at.first_row, rows)
+        correction = delta - of_rows.delta
+        d_query -= correction[:, None] * sums["keys"]
+        _store_vector(delta_ref, (batch, head), at.first_row, delta)
     _store_matrix(d_query_ref, (batch,), at.first_row, head, d_query)
     if d_bias_ref is not None:
+        d_bias = sums["d_bias"] if correction is None else sums["d_bias"] - correction * sums["probability"]
         _store_vector(d_bias_ref, (batch, head), at.first_row, d_bias)
 
 
@@ -575,11 +628,11 @@ def _d_key_value_kernel(
             d_key, d_value, d_bias = carry
             here = at._replace(head=head, first_row=block * rows)
             of_rows = _load_rows(refs, residuals, plan, here)
-            weights, d_logits, d_products = _d_logits(refs, plan, here, of_rows, key, value)
-            d_value += _dot(weights.astype(key.dtype), of_rows.d_out, (0, 0))
-            d_key += _dot(d_products.astype(key.dtype), of_rows.query, (0, 0))
+            tile = _gradients(refs, plan, here, of_rows, key, value)
+            d_value += _dot(tile.weights.astype(key.dtype), of_rows.d_out, (0, 0))
+            d_key += _dot((tile.d_logits * tile.slope).astype(key.dtype), of_rows.query, (0, 0))
             if d_bias_ref is not None:
-                d_bias += d_logits.sum(axis=0)
+                d_bias += tile.d_logits.sum(axis=0)
             return d_key, d_value, d_bias
 
         *sums, d_bias = jax.lax.fori_loop(first, last, body, (*carry, jnp.zeros((keys,), jnp.float32)))
@@ -609,7 +662,7 @@ def _d_bias_kernel(refs: Operands, residuals: _Residuals, d_bias_ref: Any, *, pl
         key_head = jax.lax.div(at.head, plan.group)
         key = _load_matrix(refs.key, at.batch, first_key, keys, key_head)
         value = _load_matrix(refs.value, at.batch, first_key, keys, key_head)
-        return total + _d_logits(refs, plan, at, _load_rows(refs, residuals, plan, at), key, value)[1]
+        return total + _gradients(refs, plan, at, _load_rows(refs, residuals, plan, at), key, value).d_logits
 
     shared = (1 if batches > 1 else plan.batch) * (1 if heads > 1 else plan.heads)
     total = jax.lax.fori_loop(0, shared, body, jnp.zeros((rows, keys), jnp.float32))
