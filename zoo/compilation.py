@@ -369,7 +369,7 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 def _kernel_calls(program: str) -> list[tuple[str, str]]:
-    """(instruction, kernel) of every custom call: a Pallas kernel by its own name, another call by its target's."""
+    """(instruction, kernel) of every custom call: a Pallas kernel by its own name, a library's by that of the call."""
     found = []
     for line in program.splitlines():
         call = re.match(r'\s*(?:ROOT )?%?(\S+) = .*?custom-call\(.*?custom_call_target="([^"]+)"', line)
@@ -381,6 +381,8 @@ def _kernel_calls(program: str) -> list[tuple[str, str]]:
         elif called == "__gpu$xla.gpu.triton":
             # XLA prints the attributes in alphabetical order, `name` after the kernel's bytecode.
             kernel = re.findall(r'name = "([^"]+)", num_stages', line)[-1]
+        elif re.match(r"[A-Z]", called):  # ConcatBitcast, AllocateBuffer, ...: XLA's own notes to itself
+            continue
         else:
             kernel = called
         found.append((instruction, kernel))
