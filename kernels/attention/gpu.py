@@ -618,7 +618,7 @@ def _row_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Index, Index]:
         if right is not None:
             first = jnp.maximum(first, at.first_key - right)
     if refs.key_lengths is not None:
-        last = jnp.where(at.first_key < refs.key_lengths[at.batch], last, 0)
+        last *= (at.first_key < refs.key_lengths[at.batch]).astype(jnp.int32)
     return jax.lax.div(first, rows), jax.lax.div(last + (rows - 1), rows)
 
 
