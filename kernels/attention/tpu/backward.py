@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.attention.operands import Operands, Options
 from kernels.attention.tpu.plan import EMPTY, FULL, LANES, PARTIAL, Plan, block_states, make_plan
 from kernels.attention.tpu.tile import (
-    LOG2_E, Inputs, Refs, Tiles, call, column, column_scratch, concatenate, mask_inputs, prefetched_scalars, product,
+    LOG2_E, Inputs, Refs, Tiles, bounds_of, bytes_of, call, column, column_scratch, concatenate, mask_inputs, prefetched_scalars, product,
     spec,
 )  # fmt: skip
 
@@ -161,11 +161,7 @@ def _logit_gradients(
 
 def _kernel(refs: Refs, plan: Plan, options: Options) -> None:
     batch, key_head, chunk, member, query_block = (pl.program_id(axis) for axis in range(5))
-    bounds = 2 * (
-        query_block if refs["bounds"].shape[0] == 2 * plan.query_blocks else batch * plan.query_blocks + query_block
-    )
-    first = jnp.maximum(refs["bounds"][bounds], chunk * plan.blocks_per_chunk)
-    end = jnp.minimum(refs["bounds"][bounds + 1], (chunk + 1) * plan.blocks_per_chunk)
+    first, end = bounds_of(refs, plan, batch, query_block, chunk)
 
     def one_head(number: Any, _: None) -> None:
         head = (key_head * plan.heads_per_step + number) * plan.group + member
@@ -349,13 +345,13 @@ def _cost(
     # What depends on the data is counted as if nothing were masked.
     visible = float(np.mean(states != EMPTY)) if isinstance(states, np.ndarray) else 1.0
     pairs = plan.batch * plan.heads * plan.queries * plan.keys * visible
-    arrays = [array for array, _ in (*inputs.values(), *outputs.values())]
-    repeated = [inputs[name][0] for name in ("query", "out", "d_out")]
+    again = dict.fromkeys(("query", "out", "d_out"), readings)
+    if "bias" in inputs:
+        bias = inputs["bias"][0]
+        again["bias"] = plan.batch * plan.heads // (bias.shape[0] * bias.shape[1])
     return pl.CostEstimate(
         flops=int(2 * pairs * widths),
         transcendentals=int(pairs),
-        bytes_accessed=int(
-            sum(a.size * a.dtype.itemsize for a in arrays)
-            + (readings - 1) * sum(a.size * a.dtype.itemsize for a in repeated)
-        ),
+        bytes_accessed=sum(bytes_of(array) * again.get(name, 1) for name, (array, _) in inputs.items())
+        + sum(bytes_of(shape) for shape, _ in outputs.values()),
     )

@@ -26,6 +26,20 @@ Inputs = dict[str, tuple[jax.Array, pl.BlockSpec]]
 Outputs = dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]
 Refs = dict[str, Any]
 _SQUEEZED = pl.Squeezed()
+_UPRIGHT = ("query_positions", "query_segment_ids", "query_heads")  # inputs that are a number a query
+
+
+def bytes_of(array: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Size of an array."""
+    return array.size * array.dtype.itemsize
+
+
+def bounds_of(refs: Refs, plan: Plan, batch: Any, query_block: Any, chunk: Any) -> tuple[Any, Any]:
+    """First and end of the key blocks of this chunk that this block of queries sees."""
+    shared = refs["bounds"].shape[0] == 2 * plan.query_blocks
+    at = 2 * ((0 if shared else batch * plan.query_blocks) + query_block)
+    first = jnp.maximum(refs["bounds"][at], chunk * plan.blocks_per_chunk)
+    return first, jnp.minimum(refs["bounds"][at + 1], (chunk + 1) * plan.blocks_per_chunk)
 
 
 def spec(block: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]], **kwargs: Any) -> pl.BlockSpec:
@@ -161,7 +175,7 @@ class Tiles:
 
     def prepare(self, rows: Any) -> None:
         """Turns positions and segments of these queries upright."""
-        for name in ("query_positions", "query_segment_ids"):
+        for name in _UPRIGHT:
             if name in self.refs:
                 self.refs[f"{name}_column"][rows] = column(self.refs[name][:, rows])
 
@@ -220,6 +234,7 @@ class Tiles:
 
     def _mask(self, rows: slice, key_block: Any, lane: int) -> jax.Array | None:
         row, key_index = self._indices(rows, key_block, lane)
+        plan = self.plan
 
         def of_queries(name: str) -> Any:
             return self.refs[f"{name}_column"][rows] if name in self.refs else None
@@ -230,27 +245,40 @@ class Tiles:
             return jnp.broadcast_to(self.refs[name][:, self._columns(key_block, lane)], row.shape)
 
         query_position, key_position = of_queries("query_positions"), of_keys("key_positions")
+        token = key_index
+        if plan.interleaved > 1:
+            token = _divide(key_index, plan.interleaved)
         mask = visible(
             self.options,
             row if query_position is None else query_position,
-            key_index if key_position is None else key_position,
+            token if key_position is None else key_position,
             of_queries("query_segment_ids"),
             of_keys("key_segment_ids"),
-            self.refs["scalars"][3 * self.batch] if "prefix_lengths" in self.plan.scalars else None,
+            self.refs["scalars"][3 * self.batch] if "prefix_lengths" in plan.scalars else None,
             key_index,
             self._key_limit(),
         )
-        if self.plan.ragged_queries:
-            exists = row < self.plan.queries
+        if plan.interleaved > 1:
+            own_head = of_queries("query_heads") == key_index - token * plan.interleaved
+            mask = own_head if mask is None else mask & own_head
+        if plan.ragged_queries:
+            exists = row < plan.queries
             mask = exists if mask is None else mask & exists
         return mask
+
+
+def _divide(numbers: jax.Array, divisor: int) -> jax.Array:
+    # Vector units shift but do not divide.
+    if divisor & (divisor - 1) == 0:
+        return jax.lax.shift_right_logical(numbers, jnp.int32(divisor.bit_length() - 1))
+    return jax.lax.div(numbers, jnp.int32(divisor))
 
 
 def column_scratch(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """Scratch for `Tiles.prepare`."""
     return {
         f"{name}_column": pltpu.VMEM((plan.block_q, LANES), jnp.int32)
-        for name in ("query_positions", "query_segment_ids")
+        for name in _UPRIGHT
         if name in inputs
     }
 
