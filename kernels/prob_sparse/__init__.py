@@ -92,10 +92,11 @@ def prob_sparse_attention(
     """
     check_implementation(implementation)
     _check(query, key, value, sample_indices, queries, causal)
-    batch, length, heads, _ = query.shape
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    batch, length, heads, width = query.shape
     keys = key.shape[1]
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        scale = width**-0.5
 
     # An index out of range cannot raise inside a program; clipping keeps the kernels' reads inside the keys.
     sample_indices = jnp.clip(sample_indices, 0, keys - 1).astype(jnp.int32)

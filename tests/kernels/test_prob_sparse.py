@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -262,7 +263,9 @@ def test_dropout_keeps_the_mean():
     assert draws.std(0).min() > 0
 
 
-@pytest.mark.parametrize("factor, length, size", ((5, 96, 25), (3, 72, 15), (5, 720, 35), (3, 48, 12), (5, 8, 8), (5, 1, 1)))
+@pytest.mark.parametrize(
+    "factor, length, size", ((5, 96, 25), (3, 72, 15), (5, 720, 35), (3, 48, 12), (5, 8, 8), (5, 1, 1))
+)
 def test_sizes_are_the_published_ones(factor, length, size):
     assert sample_size(factor, length) == active_queries(factor, length) == size
 
@@ -298,9 +301,7 @@ def _long(length: int, implementation: str):
     table = jax.ShapeDtypeStruct((length, size), jnp.int32)
 
     def loss(query, key, value, table):
-        return prob_sparse_attention(
-            query, key, value, table, queries=size, implementation=implementation
-        ).out.sum()
+        return prob_sparse_attention(query, key, value, table, queries=size, implementation=implementation).out.sum()
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2)), (array, array, array, table)
 
@@ -322,7 +323,7 @@ def test_memory_is_linear():
         return jax.jit(function).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
     sizes = [memory(length) for length in (1024, 4096, 16384, 65536)]
-    assert all(after < 4.4 * before for before, after in zip(sizes[1:], sizes[2:], strict=False)), sizes
+    assert all(after < 4.4 * before for before, after in itertools.pairwise(sizes[1:])), sizes
     assert sizes[-1] < 65536 * 2 * 64 * 4 * 16  # sixteen arrays of the size of the keys; all scores would be 512
 
 
@@ -362,8 +363,8 @@ GOOD = Case()
 @pytest.mark.parametrize(
     "change, error, message",
     (
-        ({"query": GOOD.arrays[0][0]}, ValueError, r"query must be \(batch, time, heads, dim\), got shape \(37, 3, 16\)"),
-        ({"key": GOOD.arrays[1].astype(int)}, TypeError, "key must be floating point, got int32"),
+        ({"query": GOOD.arrays[0][0]}, ValueError, r"query must be \(batch, time, .*\), got shape \(37, 3, 16\)"),
+        ({"key": GOOD.arrays[1].astype(int)}, TypeError, "key must be floating point, got int64"),
         ({"value": GOOD.arrays[2].astype("bfloat16")}, TypeError, "must share a dtype, got float32, float32, bfloat16"),
         ({"key": GOOD.arrays[1][:, :, :2]}, ValueError, r"key must be .* = \(2, keys, 3, 16\), got \(2, 37, 2, 16\)"),
         ({"value": GOOD.arrays[2][:, :5]}, ValueError, r"same batch, length and heads, got .* \(2, 5, 3, 16\)"),
