@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX starts
 
 import jax
 import jax.numpy as jnp
