@@ -63,7 +63,7 @@ class Case:
 @st.composite
 def cases(draw) -> Case:
     causal = draw(st.booleans())
-    queries, keys = draw(st.sampled_from(((37, 37), (130, 130)) if causal else ((37, 53), (130, 300), (1, 5))))
+    queries, keys = draw(st.sampled_from(((37, 37),) if causal else ((37, 53), (130, 300))))
     heads, width, value_width = draw(st.sampled_from(((3, 16, 24), (2, 64, 64))))
     samples = draw(st.sampled_from((1, 9)))
     return Case(
@@ -145,19 +145,19 @@ def test_reference_is_the_published_computation(causal, shared):
 
 
 @given(cases())
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_chunked_equals_reference(case):
     assert_equals_reference(case, "chunked")
 
 
 @given(cases())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_gpu_equals_reference(case):
     assert_equals_reference(case, "gpu")
 
 
 @given(cases())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_tpu_equals_reference(case):
     assert_equals_reference(case, "tpu")
 
@@ -168,9 +168,10 @@ def test_tpu_equals_reference(case):
     (
         Case(queries=130, keys=1100, heads=2, width=64),  # several key blocks, two heads in a register
         Case(queries=20, keys=601, heads=1, width=128, samples=1),
+        Case(batch=1, queries=9, keys=4500, heads=2, width=64, samples=2),  # a head's keys exceed a CPU's cache
         Case(queries=7, keys=3, heads=3, width=48, samples=70),  # more samples than keys, and than one unrolled body
     ),
-    ids=("long", "one_sample", "short"),
+    ids=("long", "one_sample", "far", "short"),
 )
 @pytest.mark.parametrize(
     "measure",
@@ -327,12 +328,21 @@ def test_memory_is_linear():
     assert sizes[-1] < 65536 * 2 * 64 * 4 * 16  # sixteen arrays of the size of the keys; all scores would be 512
 
 
-COMPILED = [(720, "float32"), (720, "bfloat16"), (336, "bfloat16"), (96, "float32"), (48, "float32")]
+SLOW = pytest.mark.slow
+COMPILED = [
+    pytest.param(720, "float32", False),
+    *(
+        pytest.param(length, dtype, causal, marks=SLOW)
+        for length in (720, 336, 96, 48)
+        for dtype in ("float32", "bfloat16")
+        for causal in (False, True)
+        if (length, dtype, causal) != (720, "float32", False)
+    ),
+]
 
 
 @pytest.mark.parametrize("target", ("tpu-v5e", "tpu-v6e", "h100"))
-@pytest.mark.parametrize("length, dtype", COMPILED)
-@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("length, dtype, causal", COMPILED)
 def test_compiles_forward_and_backward(target, length, dtype, causal):
     size = sample_size(5, length)
     array = jax.ShapeDtypeStruct((32, length, 8, 64), dtype)
@@ -345,11 +355,12 @@ def test_compiles_forward_and_backward(target, length, dtype, causal):
     assert compiled.kernels["prob_sparse_measure"] == 1
     # Neither the gathered keys (B, H, L, U, E) nor all scores (B, H, L, L), but some arrays of the inputs' size.
     temporary = compiled.executable.memory_analysis().temp_size_in_bytes
-    assert temporary < 14 * 32 * length * 8 * 64 * 4
+    assert temporary < 14 * 32 * max(length, 128) * 8 * 64 * 4  # the kernels pad short sequences
 
 
-@pytest.mark.parametrize("target", ("tpu-v5e", "tpu-v6e"))
-@pytest.mark.parametrize("length", (4096, 65536))
+@pytest.mark.parametrize(
+    "target, length", (("tpu-v5e", 4096), pytest.param("tpu-v5e", 65536, marks=SLOW), ("tpu-v6e", 65536))
+)
 def test_long_sequences_compile_for_tpu(target, length):
     array = jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32)
     table = jax.ShapeDtypeStruct((length, sample_size(5, length)), jnp.int32)
