@@ -35,7 +35,7 @@ class Network(nn.Module):
         x = dense(8, (None, "embed"), **options)(x)
         if self.batch_norm:
             x = nn.BatchNorm(use_running_average=deterministic, **options)(x)
-        x = nn.gelu(dense(16, ("embed", "mlp"), **options)(x))
+        x = nn.gelu(dense(64, ("embed", "mlp"), **options)(x))
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
         return dense(1, ("mlp", None), **options)(x)
 
