@@ -71,7 +71,7 @@ def batches(seed=0, batch_size=16, transform=lambda batch: batch):
 @dataclasses.dataclass(frozen=True)
 class Config:
     fit: train.FitConfig = train.FitConfig(
-        steps=40, log_every=3, evaluate_every=8, checkpoint_every=5, best_metric="loss"
+        steps=32, log_every=3, evaluate_every=8, checkpoint_every=10, best_metric="loss"
     )
     optimizer: train.OptimizerConfig = train.OptimizerConfig(
         learning_rate=1e-2, schedule="cosine", warmup_steps=3, weight_decay=0.1, clip_norm=1.0, ema_decay=0.9
@@ -96,21 +96,18 @@ class Setup:
 
 
 @functools.cache
-def compiled(optimizer_config, mesh_config, total_steps, network):
-    """Everything but the state, for all tests once."""
+def compiled(optimizer_config, mesh_config, total_steps, seed, network):
+    """Made once for all tests."""
     mesh = train.make_mesh(mesh_config)
     optimizer = train.build_optimizer(optimizer_config, total_steps)
-    state = train.init_sharded(initializer(network), optimizer, jax.random.key(0), mesh)
+    state = train.init_sharded(initializer(network), optimizer, jax.random.key(seed), mesh)
     loss_fn = make_loss(network)
-    step, evaluation_step = train.make_train_step(loss_fn, optimizer, state), train.make_evaluation_step(loss_fn)
-    return optimizer, mesh, step, evaluation_step
+    return Setup(train.make_train_step(loss_fn, optimizer, state), train.make_evaluation_step(loss_fn), state, mesh)
 
 
 def setup(config, network=Network()):
-    total_steps = config.fit.steps or 100
-    optimizer, mesh, step, evaluation_step = compiled(config.optimizer, config.mesh, total_steps, network)
-    state = train.init_sharded(initializer(network), optimizer, jax.random.key(config.seed), mesh)
-    return Setup(step, evaluation_step, state, mesh)
+    made = compiled(config.optimizer, config.mesh, config.fit.steps or 100, config.seed, network)
+    return dataclasses.replace(made, state=jax.tree.map(jnp.copy, made.state))  # a step uses its state up
 
 
 def fit(folder, config=Config(), resume=False, transform=lambda batch: batch, step=None, evaluate=None, figures=None):
