@@ -13,7 +13,7 @@ def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> Va
       kind: what the name stands for, e.g. "model".
       name: what was asked for.
       known: the names there are.
-      hint: a sentence on where to find them all.
+      hint: a clause on where to find them all.
     """
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
@@ -22,4 +22,4 @@ def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> Va
         message += f"; did you mean {' or '.join(map(repr, near))}?"
     elif len(names) <= 40:
         message += f"; known: {', '.join(names) or 'none'}"
-    return ValueError(f"{message} {hint}".rstrip())
+    return ValueError(f"{message}; {hint}" if hint else message)

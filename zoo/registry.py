@@ -157,7 +157,7 @@ def model(id: str) -> Model:
     """The registered model of that id. Raises ValueError, naming near ids, for an unknown one."""
     _load_papers()
     if id not in _MODELS:
-        raise unknown("model", id, _MODELS, "`zoo.list_models()` lists all.")
+        raise unknown("model", id, _MODELS, "`zoo.list_models()` lists all")
     return _MODELS[id]
 
 
