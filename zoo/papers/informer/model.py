@@ -1,0 +1,246 @@
+"""Informer and InformerStack: forecasts of a whole horizon in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.papers.informer.config import InformerConfig
+from zoo.papers.informer.layers import (
+    AttentionMap,
+    DecoderLayer,
+    Distil,
+    Embedding,
+    EncoderLayer,
+    LayerConfig,
+    layer_norm,
+    linear,
+    sampling_sizes,
+)
+
+
+def layer_config(config: InformerConfig) -> LayerConfig:
+    """The layers of a published configuration."""
+    return LayerConfig(
+        features=config.d_model,
+        heads=config.n_heads,
+        hidden=config.d_ff,
+        sampling="per_query" if config.attn == "prob" else None,
+        factor=config.factor,
+        mix=config.mix,
+        dropout=config.dropout,
+        hidden_dropout=config.dropout,
+        attention_dropout=config.dropout,
+        sparse_dropout=0.0,  # the published core builds a dropout and never calls it
+        activation=config.activation,
+    )
+
+
+class Encoder(nn.Module):
+    """Encoder layers with a distilling layer after each but the last, and a final norm."""
+
+    config: InformerConfig
+    layers: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, samples: Iterator[jax.Array | None], train: bool, return_maps: bool
+    ) -> tuple[jax.Array, list[AttentionMap | None]]:
+        """(B, L, d_model) -> (B, ceil(L / 2**(layers - 1)), d_model), a map a layer."""
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        maps = []
+        for index in range(self.layers):
+            layer = EncoderLayer(layer_config(self.config), **options, name=f"layer_{index}")
+            x, attention_map = layer(x, next(samples), train, return_maps)
+            maps.append(attention_map)
+            if self.config.distil and index < self.layers - 1:
+                x = Distil(**options, name=f"distil_{index}")(x, train)
+        return layer_norm(**options, name="norm")(x), maps
+
+
+class Informer(nn.Module):
+    """Encoder-decoder that forecasts all pred_len steps at once (Zhou et al. 2021).
+
+    Randomness: ProbSparse draws its keys from the rng collection "sample" at every call, in evaluation too, as
+    published; training also needs "dropout". `sample_keys` replaces the draws.
+    """
+
+    config: InformerConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_enc: jax.Array,
+        x_mark_enc: jax.Array,
+        x_dec: jax.Array,
+        x_mark_dec: jax.Array,
+        sample_keys: Sequence[jax.Array] | None = None,
+        train: bool = False,
+        return_maps: bool = False,
+    ) -> jax.Array | tuple[jax.Array, dict[str, AttentionMap]]:
+        """Forecasts.
+
+        Args:
+          x_enc: (B, seq_len, enc_in), standardised values.
+          x_mark_enc: (B, seq_len, m), its time features.
+          x_dec: (B, label_len + pred_len, dec_in), `decoder_input` of the known steps.
+          x_mark_dec: (B, label_len + pred_len, m).
+          sample_keys: one integer table (L_Q, U) a ProbSparse call in order of the calls (encoder layers, then the
+            decoder's self-attentions), see `sample_tables`.
+          train: use dropout and the batch's statistics (needs mutable "batch_stats").
+          return_maps: also return the attention maps by name, `encoder_0`, ..., `decoder_0`, ..., `cross_0`, ...
+
+        Returns:
+          (B, pred_len, c_out), and the maps if asked.
+
+        Raises:
+          ValueError: a shape that does not fit the config, or a missing rng.
+        """
+        config = self.config
+        self._check(x_enc, x_mark_enc, x_dec, x_mark_dec, sample_keys)
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        # Canonical attention samples nothing: its layers are given None for ever.
+        samples = iter(sample_keys) if sample_keys is not None else iter(lambda: None, 0)
+
+        embed = {"features": config.d_model, "kind": config.embed, "dropout": config.dropout, **options}
+        x = Embedding(**embed, name="enc_embedding")(x_enc, x_mark_enc, train)
+        memory, maps = self._encode(x, samples, train, return_maps)
+        named = {f"encoder_{index}": attention_map for index, attention_map in enumerate(maps)}
+
+        x = Embedding(**embed, name="dec_embedding")(x_dec, x_mark_dec, train)
+        for index in range(config.d_layers):
+            layer = DecoderLayer(layer_config(config), **options, name=f"decoder_{index}")
+            # The forecast reads the last pred_len steps only; whole maps need all of them.
+            steps = config.pred_len if index == config.d_layers - 1 and not return_maps else None
+            x, named[f"decoder_{index}"], named[f"cross_{index}"] = layer(
+                x, memory, next(samples), train, return_maps, steps
+            )
+        x = layer_norm(**options, name="decoder_norm")(x[:, -config.pred_len :])
+        forecast = linear(config.c_out, config.d_model, ("embed", None), **options, name="projection")(x)
+        return (forecast, named) if return_maps else forecast
+
+    def _encode(
+        self, x: jax.Array, samples: Iterator[jax.Array | None], train: bool, return_maps: bool
+    ) -> tuple[jax.Array, list[AttentionMap | None]]:
+        encoder = Encoder(self.config, self.config.e_layers, self.dtype, self.param_dtype, name="encoder")
+        return encoder(x, samples, train, return_maps)
+
+    def _check(self, x_enc, x_mark_enc, x_dec, x_mark_dec, sample_keys) -> None:
+        config = self.config
+        decoder_steps = config.label_len + config.pred_len
+        expected = {
+            "x_enc": (x_enc, config.seq_len, config.enc_in),
+            "x_mark_enc": (x_mark_enc, config.seq_len, config.time_features),
+            "x_dec": (x_dec, decoder_steps, config.dec_in),
+            "x_mark_dec": (x_mark_dec, decoder_steps, config.time_features),
+        }
+        for name, (array, steps, channels) in expected.items():
+            if array.ndim != 3 or array.shape[1:] != (steps, channels) or array.shape[0] != x_enc.shape[0]:
+                raise ValueError(f"{name} must be (batch, {steps}, {channels}), got shape {array.shape}")
+        if config.attn == "full":
+            return
+        if sample_keys is None:
+            if not (self.has_rng("sample") or self.has_rng("params")):
+                raise ValueError("ProbSparse attention draws keys: give rngs={'sample': key} or sample_keys")
+            return
+        shapes = sample_tables(config, stack=isinstance(self, InformerStack))
+        if [tuple(table.shape) for table in sample_keys] != shapes:
+            raise ValueError(
+                f"sample_keys must be {len(shapes)} tables of shapes {shapes}, "
+                f"got {[tuple(table.shape) for table in sample_keys]}"
+            )
+
+
+class InformerStack(Informer):
+    """Informer with the paper's pyramid: encoder i sees the last seq_len // 2**i steps, outputs join along time."""
+
+    def _encode(
+        self, x: jax.Array, samples: Iterator[jax.Array | None], train: bool, return_maps: bool
+    ) -> tuple[jax.Array, list[AttentionMap | None]]:
+        outputs, maps = [], []
+        for index, layers in enumerate(self.config.stack_layers):
+            encoder = Encoder(self.config, layers, self.dtype, self.param_dtype, name=f"encoder_{index}")
+            output, more = encoder(x[:, -(x.shape[1] // 2**index) :], samples, train, return_maps)
+            outputs.append(output)
+            maps += more
+        return jnp.concatenate(outputs, axis=1), maps
+
+
+def sample_tables(config: InformerConfig, stack: bool = False) -> list[tuple[int, int]]:
+    """Shapes (L_Q, U) of the key samples of a forward pass, in order of the calls.
+
+    Args:
+      config: the model's.
+      stack: for `InformerStack`, whose encoders are config.stack_layers.
+    """
+    if config.attn == "full":
+        return []
+    lengths = []
+    for index, layers in enumerate(config.stack_layers if stack else (config.e_layers,)):
+        length = config.seq_len // 2**index
+        for _ in range(layers):
+            lengths.append(length)
+            length = -(-length // 2) if config.distil else length
+    lengths += [config.label_len + config.pred_len] * config.d_layers
+    return [sampling_sizes("per_query", config.factor, length, length).table for length in lengths]
+
+
+def decoder_input(known: jax.Array, config: InformerConfig) -> jax.Array:
+    """The decoder's input: the last label_len known steps, then pred_len placeholders of `config.padding`.
+
+    Args:
+      known: (B, at least label_len, dec_in), values up to the last known step.
+      config: the model's.
+
+    Returns:
+      (B, label_len + pred_len, dec_in).
+    """
+    if known.ndim != 3 or known.shape[1] < config.label_len or known.shape[2] != config.dec_in:
+        raise ValueError(
+            f"known must be (batch, at least {config.label_len}, {config.dec_in}), got shape {known.shape}"
+        )
+    shape = (known.shape[0], config.pred_len, config.dec_in)
+    placeholders = jnp.full(shape, config.padding, known.dtype)
+    return jnp.concatenate([known[:, known.shape[1] - config.label_len :], placeholders], axis=1)
+
+
+def targets(future: jax.Array, config: InformerConfig) -> jax.Array:
+    """The channels to forecast of (B, pred_len, channels): all, or the last one for features "MS"."""
+    return future[..., -1:] if config.features == "MS" else future
+
+
+def example_inputs(config: InformerConfig, batch_size: int) -> dict[str, np.ndarray]:
+    """Arrays of the right shapes for `Informer.__call__`: normal values, marks of one time step after the other."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(config.seq_len + config.pred_len)
+    if config.embed == "timeF":
+        marks = np.stack([(steps % 24 / 23 - 0.5) / (1 + index) for index in range(config.time_features)], axis=-1)
+    else:
+        marks = np.stack([1 + 0 * steps, 1 + steps // 24 % 28, steps // 24 % 7, steps % 24, 0 * steps], axis=-1)
+        marks = marks[:, : config.time_features]
+    marks = np.broadcast_to(marks.astype(np.float32), (batch_size, *marks.shape))
+    x_enc = rng.standard_normal((batch_size, config.seq_len, config.enc_in), dtype=np.float32)
+    known = x_enc if config.dec_in == config.enc_in else x_enc[..., : config.dec_in]
+    x_dec = np.full((batch_size, config.label_len + config.pred_len, config.dec_in), config.padding, np.float32)
+    x_dec[:, : config.label_len] = known[:, config.seq_len - config.label_len :]
+    return {
+        "x_enc": x_enc,
+        "x_mark_enc": marks[:, : config.seq_len],
+        "x_dec": x_dec,
+        "x_mark_dec": marks[:, config.seq_len - config.label_len :],
+    }
+
+
+def example_targets(config: InformerConfig, batch_size: int) -> dict[str, np.ndarray]:
+    """What the loss reads beside the inputs: `y`, (B, pred_len, c_out)."""
+    rng = np.random.default_rng(1)
+    return {"y": rng.standard_normal((batch_size, config.pred_len, config.c_out), dtype=np.float32)}
