@@ -1,0 +1,1 @@
+"""Authors' checkpoints in, and the zoo's own out."""
