@@ -9,6 +9,11 @@ from typing import Any, Literal
 # monthly, annual.
 TIME_FEATURES = {"h": 4, "t": 5, "s": 6, "d": 3, "b": 3, "w": 2, "m": 1, "a": 1}
 ACTIVATIONS = ("gelu", "relu")
+DISTRIBUTIONS = {
+    "student_t": ("df", "loc", "scale"),
+    "normal": ("loc", "scale"),
+    "negative_binomial": ("total_count", "logits"),
+}
 
 
 def check_choice(owner: Any, name: str, choices: tuple) -> None:
@@ -186,7 +191,7 @@ class ForecasterConfig:
             self, "num_dynamic_real_features", "num_static_real_features", "num_static_categorical_features",
             "num_time_features", least=0,
         )  # fmt: skip
-        check_choice(self, "distribution_output", ("student_t", "normal", "negative_binomial"))
+        check_choice(self, "distribution_output", tuple(DISTRIBUTIONS))
         check_choice(self, "scaling", ("mean", "std", None))
         check_choice(self, "activation_function", ACTIVATIONS)
         check_choice(self, "attention_type", ("prob", "full"))
@@ -220,6 +225,11 @@ class ForecasterConfig:
         if not self.num_static_categorical_features:
             return ()
         return self.embedding_dimension or tuple(min(50, (count + 1) // 2) for count in self.cardinality)
+
+    @property
+    def distribution_parameters(self) -> tuple[str, ...]:
+        """Names of the head's outputs, in the published order."""
+        return DISTRIBUTIONS[self.distribution_output]
 
     @property
     def real_time_features(self) -> int:

@@ -19,13 +19,6 @@ from zoo.layers.partitioning import dense, partitioned
 from zoo.papers.informer.config import ForecasterConfig
 from zoo.papers.informer.layers import DecoderLayer, Distil, EncoderLayer, LayerConfig, layer_norm, sampling_sizes
 
-PARAMETERS = {
-    "student_t": ("df", "loc", "scale"),
-    "normal": ("loc", "scale"),
-    "negative_binomial": ("total_count", "logits"),
-}
-
-
 class Forecast(NamedTuple):
     """What `InformerForecaster` returns. C channels are absent where input_size is 1."""
 
@@ -172,7 +165,7 @@ class InformerForecaster(nn.Module):
         init = nn.initializers.normal(config.init_std)
         self.heads = {
             name: dense(config.input_size, ("embed", None), kernel_init=init, **options)
-            for name in PARAMETERS[config.distribution_output]
+            for name in config.distribution_parameters
         }
         self.tables = [
             nn.Embed(count, width, embedding_init=partitioned(init, None, None), **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -244,3 +244,20 @@ def example_targets(config: InformerConfig, batch_size: int) -> dict[str, np.nda
     """What the loss reads beside the inputs: `y`, (B, pred_len, c_out)."""
     rng = np.random.default_rng(1)
     return {"y": rng.standard_normal((batch_size, config.pred_len, config.c_out), dtype=np.float32)}
+
+
+def loss(model: Informer) -> Callable:
+    """The loss of `zoo.train`: mean squared error of the forecast against batch["y"], in standardised units.
+
+    The batch holds the arguments of `Informer.__call__` and `y` (B, pred_len, c_out); the rng collections are
+    "dropout" and "sample". Metrics: "mae".
+    """
+
+    def loss_function(params, model_state, batch, rngs, train):
+        inputs = {name: batch[name] for name in ("x_enc", "x_mark_enc", "x_dec", "x_mark_dec")}
+        variables = {"params": params, **model_state}
+        forecast, model_state = model.apply(variables, **inputs, train=train, rngs=rngs, mutable=list(model_state))
+        error = forecast - batch["y"]
+        return jnp.mean(error**2), (model_state, {"mae": jnp.mean(jnp.abs(error))})
+
+    return loss_function
