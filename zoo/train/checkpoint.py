@@ -1,0 +1,131 @@
+"""Checkpoints by Orbax: written in the background, committed by a rename, the latest few and the best kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+
+from zoo.train.state import TrainState
+
+
+@dataclasses.dataclass
+class _LatestAndBest:
+    """A preservation policy: the last `latest` checkpoints and the one of step `best`."""
+
+    latest: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        latest = {checkpoint.step for checkpoint in checkpoints[-self.latest :]}
+        return [checkpoint.step in latest or checkpoint.step == self.best for checkpoint in checkpoints]
+
+
+class CheckpointError(RuntimeError):
+    """There are checkpoints, and none can be restored."""
+
+
+class Checkpoints:
+    """The checkpoints of a run: a TrainState, the data iterator's state, and the loop's own progress as JSON.
+
+    Args:
+      path: their folder, made if needed.
+      keep: how many of the latest stay, besides the best.
+    """
+
+    def __init__(self, path: pathlib.Path, keep: int) -> None:
+        self._policy = _LatestAndBest(keep)
+        self._manager = ocp.CheckpointManager(
+            path.absolute(),
+            options=ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": grain.checkpoint.CheckpointHandler(),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(
+        self, step: int, state: TrainState, iterator: grain.DatasetIterator, progress: dict, best_step: int | None
+    ) -> None:
+        """Copies the state now and writes it in the background; an earlier write is waited for.
+
+        A checkpoint of this step that is there already stays: the same steps gave the same state.
+        """
+        self._policy.best = best_step
+        if step in self._manager.all_steps():
+            return
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=grain.checkpoint.CheckpointSave(iterator),
+            progress=ocp.args.JsonSave(progress),
+        )
+        self._manager.save(step, args=arguments, force=True)
+
+    def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> tuple[TrainState, dict] | None:
+        """The newest checkpoint that can be read, or None where there is none; sets the iterator to its place.
+
+        Args:
+          state: shapes, dtypes and shardings to restore to, e.g. the initial state.
+          iterator: is set to continue after the checkpoint's step.
+
+        Returns:
+          The state and the progress saved with it. Newer checkpoints that could not be read are moved to the folder
+          `damaged` beside the checkpoints, with a warning.
+
+        Raises:
+          CheckpointError: there are checkpoints, and none can be read; nothing is moved.
+        """
+        damaged: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            arguments = ocp.args.Composite(
+                state=ocp.args.StandardRestore(_abstract(state)),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+                progress=ocp.args.JsonRestore(),
+            )
+            try:
+                restored = self._manager.restore(step, args=arguments)
+            except Exception as error:  # damage shows as whatever the reader happens to raise
+                if jax.process_count() > 1:
+                    raise CheckpointError(f"checkpoint {step} cannot be read: {error}") from error
+                damaged[step] = error
+                continue
+            for bad_step, error in damaged.items():
+                self._set_aside(bad_step, error)
+            return restored["state"], restored["progress"]
+        if damaged:
+            reasons = "; ".join(f"{step}: {str(error).strip().splitlines()[0]}" for step, error in damaged.items())
+            raise CheckpointError(f"no checkpoint in {self._manager.directory} can be read. By step: {reasons}")
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        source = pathlib.Path(self._manager.directory) / str(step)
+        target = source.parent.parent / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+        self._manager.reload()
+        logging.getLogger(__name__).warning(
+            "checkpoint %d cannot be read (%s); it is now %s", step, type(error).__name__, target
+        )
+
+    def restore_state(self, step: int, state: TrainState) -> TrainState:
+        """The state of one step, e.g. the best; `state` as for `restore`."""
+        self._manager.wait_until_finished()
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(state)))
+        return self._manager.restore(step, args=arguments)["state"]
+
+    def close(self) -> None:
+        """Waits for the last write; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
