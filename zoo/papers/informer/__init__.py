@@ -94,7 +94,8 @@ def _univariate(name: str, lengths: tuple[int, int, int], parameters: int) -> Va
     return Variant(f"informer_{name}_s{pred_len}", config, parameters)
 
 
-_SMALL, _SMALL_UNIVARIATE, _LARGE = 11_330_055, 11_308_545, 0
+# Of 2 encoder and 1 decoder layers with 7 channels and with 1, and of 3 and 2 layers with 7 channels.
+_SMALL, _SMALL_UNIVARIATE, _LARGE = 11_330_055, 11_308_545, 19_474_439
 register(
     PAPER,
     _multivariate("etth1", (48, 48, 24), _SMALL, factor=3),
@@ -115,7 +116,7 @@ register(
     _multivariate("ettm1", (672, 96, 24), _SMALL),
     _multivariate("ettm1", (96, 48, 48), _SMALL),
     _multivariate("ettm1", (384, 384, 96), _SMALL),
-    _multivariate("wth", (168, 168, 24), _LARGE, e_layers=3, d_layers=2, enc_in=12, dec_in=12, c_out=12),
+    _multivariate("wth", (168, 168, 24), 19_492_364, e_layers=3, d_layers=2, enc_in=12, dec_in=12, c_out=12),
     example_inputs=example_inputs,
     weight_rules=informer_rules,
     loss=loss,
@@ -131,7 +132,7 @@ register(
 )(InformerStack)
 register(
     PAPER,
-    Variant("informer_hf", ForecasterConfig(), None),
+    Variant("informer_hf", ForecasterConfig(), 131_971),
     example_inputs=forecaster_example_inputs,
     weight_rules=forecaster_rules,
     loss=forecaster_loss,

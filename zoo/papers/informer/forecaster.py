@@ -210,7 +210,7 @@ class InformerForecaster(nn.Module):
         shapes = forecaster_sample_tables(config)
         if sample_keys is not None and [tuple(keys.shape) for keys in sample_keys] != shapes:
             raise ValueError(f"sample_keys must have shapes {shapes}, got {[tuple(k.shape) for k in sample_keys]}")
-        samples = iter(sample_keys) if sample_keys is not None else _draw_for_ever()
+        samples = iter(sample_keys) if sample_keys else _draw_for_ever()
 
         loc, scale, static = self._statistics(
             past_values, past_observed_mask, static_categorical_features, static_real_features

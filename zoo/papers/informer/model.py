@@ -108,8 +108,7 @@ class Informer(nn.Module):
         config = self.config
         self._check(x_enc, x_mark_enc, x_dec, x_mark_dec, sample_keys)
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Canonical attention samples nothing: its layers are given None for ever.
-        samples = iter(sample_keys) if sample_keys is not None else iter(lambda: None, 0)
+        samples = iter(sample_keys) if sample_keys else iter(lambda: None, 0)  # None for ever: draw, or need none
 
         embed = {"features": config.d_model, "kind": config.embed, "dropout": config.dropout, **options}
         x = Embedding(**embed, name="enc_embedding")(x_enc, x_mark_enc, train)
@@ -146,14 +145,11 @@ class Informer(nn.Module):
         for name, (array, steps, channels) in expected.items():
             if array.ndim != 3 or array.shape[1:] != (steps, channels) or array.shape[0] != x_enc.shape[0]:
                 raise ValueError(f"{name} must be (batch, {steps}, {channels}), got shape {array.shape}")
-        if config.attn == "full":
-            return
-        if sample_keys is None:
-            if not (self.has_rng("sample") or self.has_rng("params")):
-                raise ValueError("ProbSparse attention draws keys: give rngs={'sample': key} or sample_keys")
-            return
         shapes = sample_tables(config, stack=isinstance(self, InformerStack))
-        if [tuple(table.shape) for table in sample_keys] != shapes:
+        if sample_keys is None:
+            if shapes and not (self.has_rng("sample") or self.has_rng("params")):
+                raise ValueError("ProbSparse attention draws keys: give rngs={'sample': key} or sample_keys")
+        elif [tuple(table.shape) for table in sample_keys] != shapes:
             raise ValueError(
                 f"sample_keys must be {len(shapes)} tables of shapes {shapes}, "
                 f"got {[tuple(table.shape) for table in sample_keys]}"
