@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.layers.dropout import Dropout
 from zoo.layers.partitioning import dense, partitioned
 from zoo.papers.informer.config import ForecasterConfig
 from zoo.papers.informer.layers import DecoderLayer, Distil, EncoderLayer, LayerConfig, layer_norm, sampling_sizes
@@ -102,7 +103,7 @@ class _Side(nn.Module):
         )(x)  # fmt: skip
         position = jnp.asarray(halves_sinusoids(start, x.shape[1], self.config.d_model), self.dtype)
         x = layer_norm(**options, name="embedding_norm")(value + position)
-        return nn.Dropout(self.config.dropout)(x, deterministic=not train)
+        return Dropout(self.config.dropout)(x, train)
 
     def drop_layer(self, before: jax.Array, after: jax.Array, rate: float, train: bool) -> jax.Array:
         """LayerDrop (Fan et al. 2020): with probability `rate` a layer is skipped, for the whole batch."""

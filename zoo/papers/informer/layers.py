@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import attention, prob_sparse
+from zoo.layers.dropout import Dropout
 from zoo.layers.partitioning import dense, partitioned
 
 _ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "relu": nn.relu}
@@ -160,7 +161,7 @@ class Embedding(nn.Module):
                 for index, (name, size) in enumerate(_TABLE_SIZES.items())
                 if index < marks.shape[-1]
             )
-        return nn.Dropout(self.dropout)(value + position + time, deterministic=not train)
+        return Dropout(self.dropout)(value + position + time, train)
 
     def _table(self, name: str, size: int) -> jax.Array:
         if self.kind == "fixed":
@@ -248,9 +249,9 @@ class FeedForward(nn.Module):
         config = self.config
         options = {"init_std": config.init_std, "dtype": self.dtype, "param_dtype": self.param_dtype}
         y = linear(config.hidden, config.features, ("embed", "mlp"), **options, name="hidden")(x)
-        y = nn.Dropout(config.hidden_dropout)(_ACTIVATIONS[config.activation](y), deterministic=not train)
+        y = Dropout(config.hidden_dropout)(_ACTIVATIONS[config.activation](y), train)
         y = linear(config.features, config.hidden, ("mlp", "embed"), **options, name="out")(y)
-        return nn.Dropout(config.dropout)(y, deterministic=not train)
+        return Dropout(config.dropout)(y, train)
 
 
 class EncoderLayer(nn.Module):
@@ -268,7 +269,7 @@ class EncoderLayer(nn.Module):
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = MultiHeadAttention(self.config, self.config.sampling, **options, name="attention")
         y, attention_map = attend(x, x, sample_keys, train, return_map)
-        x = layer_norm(**options, name="norm1")(x + nn.Dropout(self.config.dropout)(y, deterministic=not train))
+        x = layer_norm(**options, name="norm1")(x + Dropout(self.config.dropout)(y, train))
         y = FeedForward(self.config, **options, name="feed_forward")(x, train)
         return layer_norm(**options, name="norm2")(x + y), attention_map
 
@@ -302,10 +303,10 @@ class DecoderLayer(nn.Module):
         )
         y, self_map = attend(x, x, sample_keys, train, return_map, steps)
         x = x[:, x.shape[1] - y.shape[1] :]
-        x = layer_norm(**options, name="norm1")(x + nn.Dropout(config.dropout)(y, deterministic=not train))
+        x = layer_norm(**options, name="norm1")(x + Dropout(config.dropout)(y, train))
         attend = MultiHeadAttention(config, **options, name="cross_attention")
         y, cross_map = attend(x, memory, None, train, return_map)
-        x = layer_norm(**options, name="norm2")(x + nn.Dropout(config.dropout)(y, deterministic=not train))
+        x = layer_norm(**options, name="norm2")(x + Dropout(config.dropout)(y, train))
         y = FeedForward(config, **options, name="feed_forward")(x, train)
         return layer_norm(**options, name="norm3")(x + y), self_map, cross_map
 
