@@ -97,11 +97,11 @@ class Checkpoints:
                     raise CheckpointError(f"checkpoint {step} cannot be read: {error}") from error
                 damaged[step] = error
                 continue
-            for bad_step, error in damaged.items():
-                self._set_aside(bad_step, error)
+            for damaged_step, reason in damaged.items():
+                self._set_aside(damaged_step, reason)
             return restored["state"], restored["progress"]
         if damaged:
-            reasons = "; ".join(f"{step}: {str(error).strip().splitlines()[0]}" for step, error in damaged.items())
+            reasons = "; ".join(f"{step}: {str(reason).strip().splitlines()[0]}" for step, reason in damaged.items())
             raise CheckpointError(f"no checkpoint in {self._manager.directory} can be read. By step: {reasons}")
         return None
 

@@ -43,7 +43,7 @@ class FitConfig:
     log_every: int = 50
     # Steps between two evaluations; None: once an epoch (and in any case at the end).
     evaluate_every: int | None = None
-    # Steps between two checkpoints; None: at evaluations that are the best so far, and at the end.
+    # Steps between two checkpoints, besides one after each evaluation.
     checkpoint_every: int | None = None
     # How many of the latest checkpoints stay, besides the best.
     keep_checkpoints: int = 2
@@ -148,9 +148,8 @@ def fit(
     progress = _Progress()
     if run.resume and (restored := checkpoints.restore(state, iterator)) is not None:
         state, progress = restored[0], _Progress(**restored[1])
-    is_main = jax.process_index() == 0
-    writer = MetricWriter(run.path, progress.step) if is_main else None
-    display = ProgressDisplay(progress.step, total_steps) if is_main else None
+    writer = MetricWriter(run.path, progress.step) if jax.process_index() == 0 else None
+    display = ProgressDisplay(progress.step, total_steps, quiet=writer is None)
     window = MeanAccumulator(progress.window)
     in_flight: collections.deque[tuple[int, PyTree, Mapping[str, jax.Array]]] = collections.deque()
 
@@ -166,10 +165,9 @@ def fit(
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
                 raise _non_finite(run.path, step, batch, metrics)
             window.add(metrics)
-            if display is not None:
-                display.update(step, metrics["loss"])
+            display.update(step, metrics["loss"])
             if step % config.log_every == 0 or step == total_steps:
-                if writer is not None and display is not None:
+                if writer is not None:
                     writer.write("train", step, window.means())
                     writer.scalars("time", step, {"steps_per_second": display.steps_per_second(step)})
                 window = MeanAccumulator()
@@ -181,27 +179,25 @@ def fit(
         progress.window = window.state
         checkpoints.save(progress.step, state, iterator, dataclasses.asdict(progress), progress.best_step)
 
-    def look() -> bool:
-        """Evaluates; says whether it is the best so far."""
+    def look() -> None:
         if evaluate is None:
-            return False
+            return
         settle(0)
         progress.evaluation = {name: float(value) for name, value in evaluate(state).items()}
+        pictures = {} if figures is None else figures(state)
         if writer is not None:
             writer.write("evaluation", progress.step, progress.evaluation)
-            if figures is not None:
-                writer.figures(progress.step, figures(state))
+            writer.figures(progress.step, pictures)
         if config.best_metric is None:
-            return False
+            return
         if config.best_metric not in progress.evaluation:
             raise ValueError(f"best_metric {config.best_metric!r} is not one of {sorted(progress.evaluation)}")
         value, best = progress.evaluation[config.best_metric], progress.best_value
         better = best is None or (value < best if config.best_mode == "min" else value > best)
         if better and not math.isnan(value):
             progress.best_step, progress.best_value, progress.evaluations_since_best = progress.step, value, 0
-            return True
-        progress.evaluations_since_best += 1
-        return False
+        else:
+            progress.evaluations_since_best += 1
 
     try:
         with _StopSignals() as stop:
@@ -217,24 +213,24 @@ def fit(
                 in_flight.append((progress.step, batch, metrics))
                 settle(_IN_FLIGHT)
 
-                is_last = progress.step == total_steps
-                is_best = (progress.step % evaluate_every == 0 or is_last) and look()
-                is_due = config.checkpoint_every is not None and progress.step % config.checkpoint_every == 0
+                is_evaluation = progress.step % evaluate_every == 0 or progress.step == total_steps
+                is_checkpoint = config.checkpoint_every is not None and progress.step % config.checkpoint_every == 0
                 is_stop = stop.requested(progress.step)
-                if is_best or is_due or is_stop or is_last or stopped_early():
+                if is_evaluation:
+                    look()
+                if is_evaluation or is_checkpoint or is_stop:
                     save()
-                if is_stop and not is_last:
-                    if display is not None:
-                        display.note(f"stopped at step {progress.step}; --resume continues")
+                if is_stop and progress.step < total_steps:
+                    display.note(f"stopped at step {progress.step} of {total_steps}; --resume continues")
                     raise SystemExit(0)
         best_state = state
         if progress.best_step is not None and progress.best_step != progress.step:
             best_state = checkpoints.restore_state(progress.best_step, state)
     finally:
-        checkpoints.close()
-        if writer is not None and display is not None:
+        display.close()
+        if writer is not None:
             writer.close()
-            display.close()
+        checkpoints.close()
     return FitResult(state, best_state, progress.best_step, progress.best_value, progress.evaluation, stopped_early())
 
 
@@ -275,7 +271,7 @@ def _non_finite(path: pathlib.Path, step: int, batch: PyTree, metrics: Mapping[s
         jax.tree_util.keystr(key, simple=True, separator="/") or "batch": np.asarray(leaf)
         for key, leaf in jax.tree.leaves_with_path(batch)
     }
-    write_atomically(file, lambda temporary: np.savez(temporary, **arrays))
+    write_atomically(file, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
     return NonFiniteError(
         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}. The update was not applied; "
         f"the batch is in {file}. --resume replays from the last checkpoint, to the same step."

@@ -120,6 +120,7 @@ def learning_rate_schedule(
         raise ValueError(f"total_steps must be more than warmup_steps = {warmup}, got {total_steps}")
     if config.schedule == "step" and (steps_per_epoch is None or steps_per_epoch < 1):
         raise ValueError(f"the schedule 'step' needs steps_per_epoch of at least 1, got {steps_per_epoch}")
+    drop_every = config.decay_epochs * (steps_per_epoch or 1)
 
     def schedule(step: Any) -> jax.Array:
         elapsed = jnp.clip((step - warmup) / (total_steps - warmup), 0.0, 1.0)
@@ -128,7 +129,7 @@ def learning_rate_schedule(
         elif config.schedule == "linear":
             fraction = 1 + (config.final_fraction - 1) * elapsed
         elif config.schedule == "step":
-            fraction = config.decay_factor ** jnp.floor(step / (config.decay_epochs * steps_per_epoch))
+            fraction = config.decay_factor ** (step // drop_every)
         else:
             fraction = jnp.ones(())
         rise = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -19,7 +19,7 @@ _CONTENTS = ("config.json", "result.json", "metrics", "tensorboard", "figures", 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder with config.json, result.json, metrics/, tensorboard/, figures/, checkpoints/ and perhaps non_finite/."""
+    """A folder with config.json, result.json, metrics/, tensorboard/, figures/ and checkpoints/."""
 
     path: pathlib.Path
     resume: bool

@@ -157,20 +157,23 @@ def initialize_distributed(config: DistributedConfig = DistributedConfig()) -> N
     Raises:
       ValueError: some settings are given and others are missing.
     """
-    environment = os.environ.get
-    address = config.coordinator_address or environment("JAX_COORDINATOR_ADDRESS")
-    settings = {"num_processes": config.num_processes, "process_id": config.process_id}
-    for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
-        text = environment(variable)
-        if settings[name] is None and text is not None:
-            if not text.isdigit():
-                raise ValueError(f"{variable} must be a number, got {text!r}")
-            settings[name] = int(text)
-    given = {"coordinator_address": address, **settings}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+
+    def setting(value: int | None, variable: str) -> int | None:
+        text = os.environ.get(variable)
+        if value is not None or text is None:
+            return value
+        if not text.isdigit():
+            raise ValueError(f"{variable} must be a number, got {text!r}")
+        return int(text)
+
+    address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = setting(config.num_processes, "JAX_NUM_PROCESSES")
+    process = setting(config.process_id, "JAX_PROCESS_ID")
+    settings = {"coordinator_address": address, "num_processes": processes, "process_id": process}
+    missing = [name for name, value in settings.items() if value is None]
+    if len(missing) == len(settings):
         return
     if missing:
-        raise ValueError(f"several processes need {missing} too, got {given}")
+        raise ValueError(f"several processes need {', '.join(missing)} too, got {settings}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, **settings)
+    jax.distributed.initialize(address, processes, process)

@@ -25,7 +25,8 @@ class LossFunction(Protocol):
 
     def __call__(
         self, params: PyTree, model_state: PyTree, batch: PyTree, rngs: Mapping[str, jax.Array], train: bool
-    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]: ...
+    ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+        """The loss in training (train=True: dropout on) or evaluation; `rngs` as for `module.apply`."""
 
 
 def make_train_step(
