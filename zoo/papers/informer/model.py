@@ -18,7 +18,6 @@ from zoo.papers.informer.layers import (
     Embedding,
     EncoderLayer,
     LayerConfig,
-    layer_norm,
     linear,
     sampling_sizes,
 )
@@ -51,18 +50,18 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, samples: Iterator[jax.Array | None], train: bool, return_maps: bool
+        self, x: jax.Array, keys: Iterator[jax.Array | None], train: bool, return_maps: bool
     ) -> tuple[jax.Array, list[AttentionMap | None]]:
         """(B, L, d_model) -> (B, ceil(L / 2**(layers - 1)), d_model), a map a layer."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         maps = []
         for index in range(self.layers):
             layer = EncoderLayer(layer_config(self.config), **options, name=f"layer_{index}")
-            x, attention_map = layer(x, next(samples), train, return_maps)
+            x, attention_map = layer(x, next(keys), train, return_maps)
             maps.append(attention_map)
             if self.config.distil and index < self.layers - 1:
                 x = Distil(**options, name=f"distil_{index}")(x, train)
-        return layer_norm(**options, name="norm")(x), maps
+        return norm("layer", epsilon=1e-5, **options, name="norm")(x), maps
 
 
 class Informer(nn.Module):
@@ -76,7 +75,16 @@ class Informer(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        config = self.config
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.enc_embedding = Embedding(config.d_model, config.embed, config.dropout, **options)
+        self.dec_embedding = Embedding(config.d_model, config.embed, config.dropout, **options)
+        self.encoder = self._encoder()
+        self.decoder = [DecoderLayer(layer_config(config), **options) for _ in range(config.d_layers)]
+        self.decoder_norm = norm("layer", epsilon=1e-5, **options)
+        self.projection = linear(config.c_out, config.d_model, ("embed", None), **options)
+
     def __call__(
         self,
         x_enc: jax.Array,
@@ -106,43 +114,13 @@ class Informer(nn.Module):
           ValueError: a shape that does not fit the config, or a missing rng.
         """
         config = self.config
-        self._check(x_enc, x_mark_enc, x_dec, x_mark_dec, sample_keys)
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        samples = iter(sample_keys) if sample_keys else iter(lambda: None, 0)  # None for ever: draw, or need none
-
-        embed = {"features": config.d_model, "kind": config.embed, "dropout": config.dropout, **options}
-        x = Embedding(**embed, name="enc_embedding")(x_enc, x_mark_enc, train)
-        memory, maps = self._encode(x, samples, train, return_maps)
-        named = {f"encoder_{index}": attention_map for index, attention_map in enumerate(maps)}
-
-        x = Embedding(**embed, name="dec_embedding")(x_dec, x_mark_dec, train)
-        for index in range(config.d_layers):
-            layer = DecoderLayer(layer_config(config), **options, name=f"decoder_{index}")
-            # The forecast reads the last pred_len steps only; whole maps need all of them.
-            steps = config.pred_len if index == config.d_layers - 1 and not return_maps else None
-            x, named[f"decoder_{index}"], named[f"cross_{index}"] = layer(
-                x, memory, next(samples), train, return_maps, steps
-            )
-        x = layer_norm(**options, name="decoder_norm")(x[:, -config.pred_len :])
-        forecast = linear(config.c_out, config.d_model, ("embed", None), **options, name="projection")(x)
-        return (forecast, named) if return_maps else forecast
-
-    def _encode(
-        self, x: jax.Array, samples: Iterator[jax.Array | None], train: bool, return_maps: bool
-    ) -> tuple[jax.Array, list[AttentionMap | None]]:
-        encoder = Encoder(self.config, self.config.e_layers, self.dtype, self.param_dtype, name="encoder")
-        return encoder(x, samples, train, return_maps)
-
-    def _check(self, x_enc, x_mark_enc, x_dec, x_mark_dec, sample_keys) -> None:
-        config = self.config
         decoder_steps = config.label_len + config.pred_len
-        expected = {
-            "x_enc": (x_enc, config.seq_len, config.enc_in),
-            "x_mark_enc": (x_mark_enc, config.seq_len, config.time_features),
-            "x_dec": (x_dec, decoder_steps, config.dec_in),
-            "x_mark_dec": (x_mark_dec, decoder_steps, config.time_features),
-        }
-        for name, (array, steps, channels) in expected.items():
+        for name, array, steps, channels in (
+            ("x_enc", x_enc, config.seq_len, config.enc_in),
+            ("x_mark_enc", x_mark_enc, config.seq_len, config.time_features),
+            ("x_dec", x_dec, decoder_steps, config.dec_in),
+            ("x_mark_dec", x_mark_dec, decoder_steps, config.time_features),
+        ):
             if array.ndim != 3 or array.shape[1:] != (steps, channels) or array.shape[0] != x_enc.shape[0]:
                 raise ValueError(f"{name} must be (batch, {steps}, {channels}), got shape {array.shape}")
         shapes = sample_tables(config, stack=isinstance(self, InformerStack))
@@ -154,21 +132,74 @@ class Informer(nn.Module):
                 f"sample_keys must be {len(shapes)} tables of shapes {shapes}, "
                 f"got {[tuple(table.shape) for table in sample_keys]}"
             )
+        encoder_keys = sample_keys[: -config.d_layers] if sample_keys else None
+        decoder_keys = sample_keys[-config.d_layers :] if sample_keys else None
+        memory, maps = self.encode(x_enc, x_mark_enc, encoder_keys, train, return_maps)
+        forecast, more = self.decode(memory, x_dec, x_mark_dec, decoder_keys, train, return_maps)
+        return (forecast, maps | more) if return_maps else forecast
+
+    def encode(
+        self,
+        x_enc: jax.Array,
+        x_mark_enc: jax.Array,
+        sample_keys: Sequence[jax.Array] | None = None,
+        train: bool = False,
+        return_maps: bool = False,
+    ) -> tuple[jax.Array, dict[str, AttentionMap | None]]:
+        """The encoder's output (B, M, d_model), and its maps by name; arguments as of a call."""
+        x = self.enc_embedding(x_enc, x_mark_enc, train)
+        memory, maps = self._encode(x, _keys(sample_keys), train, return_maps)
+        return memory, {f"encoder_{index}": attention_map for index, attention_map in enumerate(maps)}
+
+    def decode(
+        self,
+        memory: jax.Array,
+        x_dec: jax.Array,
+        x_mark_dec: jax.Array,
+        sample_keys: Sequence[jax.Array] | None = None,
+        train: bool = False,
+        return_maps: bool = False,
+    ) -> tuple[jax.Array, dict[str, AttentionMap | None]]:
+        """The forecast (B, pred_len, c_out) from the encoder's output, and the decoder's maps; arguments as of a call."""
+        config, keys, maps = self.config, _keys(sample_keys), {}
+        x = self.dec_embedding(x_dec, x_mark_dec, train)
+        for index, layer in enumerate(self.decoder):
+            # The forecast reads the last pred_len steps only; whole maps need all of them.
+            steps = config.pred_len if index == config.d_layers - 1 and not return_maps else None
+            x, maps[f"decoder_{index}"], maps[f"cross_{index}"] = layer(
+                x, memory, next(keys), train, return_maps, steps
+            )
+        return self.projection(self.decoder_norm(x[:, -config.pred_len :])), maps
+
+    def _encoder(self) -> Encoder | list[Encoder]:
+        return Encoder(self.config, self.config.e_layers, self.dtype, self.param_dtype)
+
+    def _encode(
+        self, x: jax.Array, keys: Iterator[jax.Array | None], train: bool, return_maps: bool
+    ) -> tuple[jax.Array, list[AttentionMap | None]]:
+        return self.encoder(x, keys, train, return_maps)
 
 
 class InformerStack(Informer):
     """Informer with the paper's pyramid: encoder i sees the last seq_len // 2**i steps, outputs join along time."""
 
+    def _encoder(self) -> Encoder | list[Encoder]:
+        return [Encoder(self.config, layers, self.dtype, self.param_dtype) for layers in self.config.stack_layers]
+
     def _encode(
-        self, x: jax.Array, samples: Iterator[jax.Array | None], train: bool, return_maps: bool
+        self, x: jax.Array, keys: Iterator[jax.Array | None], train: bool, return_maps: bool
     ) -> tuple[jax.Array, list[AttentionMap | None]]:
         outputs, maps = [], []
-        for index, layers in enumerate(self.config.stack_layers):
-            encoder = Encoder(self.config, layers, self.dtype, self.param_dtype, name=f"encoder_{index}")
-            output, more = encoder(x[:, -(x.shape[1] // 2**index) :], samples, train, return_maps)
+        for index, encoder in enumerate(self.encoder):
+            output, more = encoder(x[:, -(x.shape[1] // 2**index) :], keys, train, return_maps)
             outputs.append(output)
             maps += more
         return jnp.concatenate(outputs, axis=1), maps
+
+
+def _keys(sample_keys: Sequence[jax.Array] | None) -> Iterator[jax.Array | None]:
+    """One table a call; None for ever where keys are drawn, or none are needed."""
+    return iter(sample_keys) if sample_keys else iter(lambda: None, 0)
 
 
 def sample_tables(config: InformerConfig, stack: bool = False) -> list[tuple[int, int]]:

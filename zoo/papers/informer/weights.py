@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo.papers.informer.config import ForecasterConfig, InformerConfig
-from zoo.weights import Rule, layer, under
+from zoo.weights.names import Rule, layer, under
 
 _CALENDAR = "(month|day|weekday|hour|minute)"
 _EMBEDDING = [
