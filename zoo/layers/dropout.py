@@ -21,7 +21,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Zeroes elements of x (any shape) with probability `rate` and scales the others by 1 / (1 - rate), in training.
+        """In training, zeroes elements of x (any shape) with probability `rate`, scales the others by 1 / (1 - rate).
 
         Raises ValueError for a rate outside [0, 1).
         """

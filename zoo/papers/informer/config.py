@@ -42,8 +42,8 @@ class InformerConfig:
     """Informer and InformerStack, with the published code's names and defaults.
 
     Attributes:
-      seq_len, label_len, pred_len: steps the encoder sees, known steps the decoder starts from (the last of those seen),
-        steps it forecasts.
+      seq_len, label_len, pred_len: steps the encoder sees, the last known steps that the decoder starts from, steps it
+        forecasts.
       features: "M" many series to the same series, "S" one to one, "MS" many to the last one.
       enc_in, dec_in, c_out: channels of the encoder's input, the decoder's input and the forecast.
       d_model, n_heads, d_ff: widths of the model, its number of heads, and the width of the feed-forward layer.
@@ -53,7 +53,7 @@ class InformerConfig:
       attn: "prob" for ProbSparse self-attention, "full" for the canonical one.
       distil: convolution and max-pooling that halve the time between the encoder's layers.
       mix: the decoder's self-attention reads its (batch, heads, time, dim) output as (batch, time, heads * dim).
-      embed: "timeF" a linear map of real-valued time features; "fixed" sinusoidal or "learned" tables of calendar fields.
+      embed: "timeF": a linear map of real-valued time features; "fixed" or "learned": tables of calendar fields.
       freq: the series' frequency, which decides how many time features there are.
       dropout: rate everywhere except on ProbSparse's own probabilities, where the published code applies none.
       activation: "gelu" (exact) or "relu".
@@ -118,7 +118,7 @@ class InformerConfig:
 
     @property
     def time_features(self) -> int:
-        """Channels of the time marks: real features of "timeF", else month, day, weekday, hour and (freq "t") quarter."""
+        """Channels of the time marks: real features, or month, day, weekday, hour and (freq "t") quarter of an hour."""
         return TIME_FEATURES[self.freq]
 
     @property
@@ -197,8 +197,8 @@ class ForecasterConfig:
         check_choice(self, "attention_type", ("prob", "full"))
         check_rate(self, "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
         for heads in (self.encoder_attention_heads, self.decoder_attention_heads):
-            if self.d_model % heads:
-                raise ValueError(f"d_model must be a multiple of the number of heads ({heads}), got {self.d_model}")
+            if self.d_model % heads or self.d_model % 2:
+                raise ValueError(f"d_model must be even and a multiple of the heads ({heads}), got {self.d_model}")
         if not self.lags_sequence or min(self.lags_sequence) < 1:
             raise ValueError(f"lags_sequence must be positive lags, got {self.lags_sequence}")
         if self.context_length is not None:
@@ -238,6 +238,6 @@ class ForecasterConfig:
 
     @property
     def feature_size(self) -> int:
-        """Channels of the network's input at a step: lags, static features, log of location and scale, time features."""
+        """Channels of a step's input: lags, static features, logarithms of location and scale, time features."""
         static = sum(self.embedding_widths) + self.num_static_real_features + 2 * self.input_size
         return self.input_size * len(self.lags_sequence) + static + self.real_time_features

@@ -1,7 +1,7 @@
 """The probabilistic Informer of the transformers library: distributions of the next values, one step after the other.
 
 It differs from the published model: a step's input is its lagged values beside static and time features; one sample of
-keys serves all queries; there is no `mix`; the head gives a distribution's parameters and paths are sampled step by step.
+keys serves all queries; there is no `mix`; the head gives a distribution, and paths are sampled step by step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.layers.dropout import Dropout
+from zoo.layers.norms import norm
 from zoo.layers.partitioning import dense, partitioned
+from zoo.layers.positions import sinusoids
 from zoo.papers.informer.config import ForecasterConfig
-from zoo.papers.informer.layers import DecoderLayer, Distil, EncoderLayer, LayerConfig, layer_norm, sampling_sizes
+from zoo.papers.informer.layers import DecoderLayer, Distil, EncoderLayer, LayerConfig, sampling_sizes
+
 
 class Forecast(NamedTuple):
     """What `InformerForecaster` returns. C channels are absent where input_size is 1."""
@@ -82,12 +85,6 @@ def lagged(sequence: jax.Array, lags: Sequence[int], length: int) -> jax.Array:
     return stacked.reshape(*stacked.shape[:2], -1)
 
 
-def halves_sinusoids(start: int, length: int, features: int) -> np.ndarray:
-    """Position table from `start` on: sines in the first half of the features, cosines in the second. Float32."""
-    angles = np.arange(start, start + length)[:, None] / 10000 ** (2 * (np.arange(features) // 2) / features)
-    return np.concatenate([np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])], axis=-1).astype(np.float32)
-
-
 class _Side(nn.Module):
     """What encoder and decoder share: value embedding without bias, positions, norm, dropout, and LayerDrop."""
 
@@ -101,8 +98,10 @@ class _Side(nn.Module):
         value = dense(
             self.config.d_model, (None, "embed"), use_bias=False, kernel_init=init, **options, name="value"
         )(x)  # fmt: skip
-        position = jnp.asarray(halves_sinusoids(start, x.shape[1], self.config.d_model), self.dtype)
-        x = layer_norm(**options, name="embedding_norm")(value + position)
+        table = sinusoids(start + x.shape[1], self.config.d_model)[start:]
+        # The library keeps sines in the first half of the features, cosines in the second.
+        position = jnp.asarray(np.concatenate([table[:, 0::2], table[:, 1::2]], axis=-1), self.dtype)
+        x = norm("layer", epsilon=1e-5, **options, name="embedding_norm")(value + position)
         return Dropout(self.config.dropout)(x, train)
 
     def drop_layer(self, before: jax.Array, after: jax.Array, rate: float, train: bool) -> jax.Array:
@@ -134,9 +133,7 @@ class ForecasterDecoder(_Side):
     """Decoder layers; positions continue the context's."""
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, memory: jax.Array, samples: Iterator[jax.Array | None], train: bool
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, memory: jax.Array, samples: Iterator[jax.Array | None], train: bool) -> jax.Array:
         """(B, T, feature_size) and (B, M, d_model) -> (B, T, d_model)."""
         config = self.config
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -158,7 +155,8 @@ class InformerForecaster(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Embeddings, both sides and the heads."""
         config = self.config
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.encoder = ForecasterEncoder(config, **options)
@@ -477,9 +475,7 @@ def _channels(config: ForecasterConfig) -> tuple[int, ...]:
 
 
 def _check_shape(name: str, array: jax.Array, expected: tuple[int | None, ...]) -> None:
-    fits = array.ndim == len(expected) and all(
-        e is None or e == a for e, a in zip(expected, array.shape, strict=True)
-    )
+    fits = array.ndim == len(expected) and all(e is None or e == a for e, a in zip(expected, array.shape, strict=True))
     if not fits:
         readable = tuple("batch" if size is None else size for size in expected)
         raise ValueError(f"{name} must have shape {readable}, got {array.shape}".replace("'batch'", "batch"))

@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels import attention, prob_sparse
 from zoo.layers.dropout import Dropout
+from zoo.layers.mlp import PLAIN
+from zoo.layers.norms import norm
 from zoo.layers.partitioning import dense, partitioned
+from zoo.layers.positions import sinusoids
 
-_ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "relu": nn.relu}
 _TABLE_SIZES = {"month": 13, "day": 32, "weekday": 7, "hour": 24, "minute": 4}  # in the order of the marks
 
 
@@ -84,7 +85,7 @@ def sampling_sizes(rule: Literal["per_query", "shared"], factor: int, queries: i
 
 
 def linear(features: int, fan_in: int, axes: tuple[str, str], init_std: float | None = None, **options) -> nn.Dense:
-    """A dense layer initialised as PyTorch's (uniform in +-1/sqrt(fan_in), weight and bias), or normal with zero bias."""
+    """A dense layer initialised as PyTorch does (uniform in +-1/sqrt(fan_in)), or normal with zero bias."""
     if init_std is not None:
         return dense(features, axes, kernel_init=nn.initializers.normal(init_std), **options)
     bound = _uniform(fan_in**-0.5)
@@ -104,12 +105,6 @@ def circular_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> ja
     """
     shifted = jnp.concatenate([jnp.roll(x, 1, axis=1), x, jnp.roll(x, -1, axis=1)], axis=-1)
     return shifted @ kernel.reshape(-1, kernel.shape[-1]) + bias
-
-
-def sinusoids(positions: int, features: int) -> np.ndarray:
-    """The table pe[p, 2i] = sin(p w_i), pe[p, 2i+1] = cos(p w_i), w_i = 10000^(-2i / features), float32."""
-    angles = np.arange(positions)[:, None] * np.exp(np.arange(0, features, 2) * -(math.log(10000.0) / features))
-    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(positions, features).astype(np.float32)
 
 
 class CircularConv(nn.Module):
@@ -194,7 +189,7 @@ class MultiHeadAttention(nn.Module):
         return_map: bool = False,
         steps: int | None = None,
     ) -> tuple[jax.Array, AttentionMap | None]:
-        """Attends from x (B, L_Q, d_model) to memory (B, L_K, d_model); (B, steps, d_model), the last steps, all if None.
+        """Attends from x (B, L_Q, d_model) to memory (B, L_K, d_model); gives the last `steps` steps, all if None.
 
         `sample_keys` are the keys ProbSparse samples, drawn from the rng collection "sample" where None.
         """
@@ -249,7 +244,7 @@ class FeedForward(nn.Module):
         config = self.config
         options = {"init_std": config.init_std, "dtype": self.dtype, "param_dtype": self.param_dtype}
         y = linear(config.hidden, config.features, ("embed", "mlp"), **options, name="hidden")(x)
-        y = Dropout(config.hidden_dropout)(_ACTIVATIONS[config.activation](y), train)
+        y = Dropout(config.hidden_dropout)(PLAIN[config.activation](y), train)
         y = linear(config.features, config.hidden, ("mlp", "embed"), **options, name="out")(y)
         return Dropout(config.dropout)(y, train)
 
@@ -269,9 +264,9 @@ class EncoderLayer(nn.Module):
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attend = MultiHeadAttention(self.config, self.config.sampling, **options, name="attention")
         y, attention_map = attend(x, x, sample_keys, train, return_map)
-        x = layer_norm(**options, name="norm1")(x + Dropout(self.config.dropout)(y, train))
+        x = norm("layer", epsilon=1e-5, **options, name="norm1")(x + Dropout(self.config.dropout)(y, train))
         y = FeedForward(self.config, **options, name="feed_forward")(x, train)
-        return layer_norm(**options, name="norm2")(x + y), attention_map
+        return norm("layer", epsilon=1e-5, **options, name="norm2")(x + y), attention_map
 
 
 class DecoderLayer(nn.Module):
@@ -303,12 +298,12 @@ class DecoderLayer(nn.Module):
         )
         y, self_map = attend(x, x, sample_keys, train, return_map, steps)
         x = x[:, x.shape[1] - y.shape[1] :]
-        x = layer_norm(**options, name="norm1")(x + Dropout(config.dropout)(y, train))
+        x = norm("layer", epsilon=1e-5, **options, name="norm1")(x + Dropout(config.dropout)(y, train))
         attend = MultiHeadAttention(config, **options, name="cross_attention")
         y, cross_map = attend(x, memory, None, train, return_map)
-        x = layer_norm(**options, name="norm2")(x + Dropout(config.dropout)(y, train))
+        x = norm("layer", epsilon=1e-5, **options, name="norm2")(x + Dropout(config.dropout)(y, train))
         y = FeedForward(config, **options, name="feed_forward")(x, train)
-        return layer_norm(**options, name="norm3")(x + y), self_map, cross_map
+        return norm("layer", epsilon=1e-5, **options, name="norm3")(x + y), self_map, cross_map
 
 
 class Distil(nn.Module):
@@ -338,16 +333,6 @@ class Distil(nn.Module):
         # Three strided slices: a windowed maximum's gradient is slow on a CPU.
         length = x.shape[1] - 2
         return jnp.maximum(jnp.maximum(x[:, 0:length:2], x[:, 1 : length + 1 : 2]), x[:, 2 : length + 2 : 2])
-
-
-def layer_norm(**options) -> nn.LayerNorm:
-    """Layer norm with PyTorch's epsilon and logical axis names."""
-    return nn.LayerNorm(
-        epsilon=1e-5,
-        scale_init=partitioned(nn.initializers.ones_init(), "embed"),
-        bias_init=partitioned(nn.initializers.zeros_init(), "embed"),
-        **options,
-    )
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.layers.norms import norm
 from zoo.papers.informer.config import InformerConfig
 from zoo.papers.informer.layers import (
     AttentionMap,
@@ -75,7 +76,8 @@ class Informer(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
+        """Embeddings, encoder, decoder and projection."""
         config = self.config
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.enc_embedding = Embedding(config.d_model, config.embed, config.dropout, **options)
@@ -160,7 +162,7 @@ class Informer(nn.Module):
         train: bool = False,
         return_maps: bool = False,
     ) -> tuple[jax.Array, dict[str, AttentionMap | None]]:
-        """The forecast (B, pred_len, c_out) from the encoder's output, and the decoder's maps; arguments as of a call."""
+        """The forecast (B, pred_len, c_out) and the decoder's maps; `memory` is of `encode`, the rest as of a call."""
         config, keys, maps = self.config, _keys(sample_keys), {}
         x = self.dec_embedding(x_dec, x_mark_dec, train)
         for index, layer in enumerate(self.decoder):
