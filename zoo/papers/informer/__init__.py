@@ -24,6 +24,8 @@ One difference of ours: batch norm's running variance is that of the batch, wher
 
 from __future__ import annotations
 
+from typing import Any
+
 from zoo.papers.informer.config import ForecasterConfig, InformerConfig
 from zoo.papers.informer.forecaster import (
     Forecast,
@@ -42,6 +44,7 @@ from zoo.papers.informer.model import (
     decoder_input,
     example_inputs,
     example_targets,
+    forecast,
     loss,
     sample_tables,
     targets,
@@ -58,6 +61,7 @@ __all__ = [
     "InformerForecaster",
     "InformerStack",
     "decoder_input",
+    "forecast",
     "forecast_loss",
     "forecaster_sample_tables",
     "negative_log_likelihood",
@@ -80,7 +84,7 @@ PAPER = Paper(
 )
 
 
-def _multivariate(name: str, lengths: tuple[int, int, int], parameters: int, **options) -> Variant:
+def _multivariate(name: str, lengths: tuple[int, int, int], parameters: int, **options: Any) -> Variant:
     seq_len, label_len, pred_len = lengths
     config = InformerConfig(seq_len=seq_len, label_len=label_len, pred_len=pred_len, **options)
     return Variant(f"informer_{name}_m{pred_len}", config, parameters)

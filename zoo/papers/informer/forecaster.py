@@ -254,7 +254,13 @@ class InformerForecaster(nn.Module):
         inputs = _inputs(lagged(history, lags, time.shape[1]), static, time)
         return self._parameters(self.decoder(inputs, memory, _draw_for_ever(), False)[:, -1:])
 
-    def _statistics(self, values, observed, categorical, real) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _statistics(
+        self,
+        values: jax.Array,
+        observed: jax.Array | None,
+        categorical: jax.Array | None,
+        real: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         config = self.config
         observed = jnp.ones_like(values) if observed is None else observed.astype(values.dtype)
         loc, scale = scaler(config.scaling, values[:, -config.context :], observed[:, -config.context :])
@@ -279,14 +285,14 @@ class InformerForecaster(nn.Module):
             outputs = {name: x[..., 0] for name, x in outputs.items()}
         return outputs
 
-    def _check(self, values, time, observed) -> None:
+    def _check(self, values: jax.Array, time: jax.Array, observed: jax.Array | None) -> None:
         config = self.config
         _check_shape("past_values", values, (None, config.past_length, *_channels(config)))
         _check_shape("past_time_features", time, (values.shape[0], config.past_length, config.real_time_features))
         if observed is not None:
             _check_shape("past_observed_mask", observed, values.shape)
 
-    def _check_static(self, categorical, real, batch: int) -> None:
+    def _check_static(self, categorical: jax.Array | None, real: jax.Array | None, batch: int) -> None:
         for name, array, count in (
             ("static_categorical_features", categorical, self.config.num_static_categorical_features),
             ("static_real_features", real, self.config.num_static_real_features),

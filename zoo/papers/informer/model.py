@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.data.time_series import Scaler, Series, future_window
 from zoo.layers.norms import norm
 from zoo.papers.informer.config import InformerConfig
 from zoo.papers.informer.layers import (
@@ -96,7 +97,7 @@ class Informer(nn.Module):
         sample_keys: Sequence[jax.Array] | None = None,
         train: bool = False,
         return_maps: bool = False,
-    ) -> jax.Array | tuple[jax.Array, dict[str, AttentionMap]]:
+    ) -> jax.Array | tuple[jax.Array, dict[str, AttentionMap | None]]:
         """Forecasts.
 
         Args:
@@ -173,7 +174,7 @@ class Informer(nn.Module):
             )
         return self.projection(self.decoder_norm(x[:, -config.pred_len :])), maps
 
-    def _encoder(self) -> Encoder | list[Encoder]:
+    def _encoder(self) -> Any:
         return Encoder(self.config, self.config.e_layers, self.dtype, self.param_dtype)
 
     def _encode(
@@ -185,7 +186,7 @@ class Informer(nn.Module):
 class InformerStack(Informer):
     """Informer with the paper's pyramid: encoder i sees the last seq_len // 2**i steps, outputs join along time."""
 
-    def _encoder(self) -> Encoder | list[Encoder]:
+    def _encoder(self) -> Any:
         return [Encoder(self.config, layers, self.dtype, self.param_dtype) for layers in self.config.stack_layers]
 
     def _encode(
@@ -204,7 +205,7 @@ def _keys(sample_keys: Sequence[jax.Array] | None) -> Iterator[jax.Array | None]
     return iter(sample_keys) if sample_keys else iter(lambda: None, 0)
 
 
-def sample_tables(config: InformerConfig, stack: bool = False) -> list[tuple[int, int]]:
+def sample_tables(config: InformerConfig, stack: bool = False) -> list[tuple[int, ...]]:
     """Shapes (L_Q, U) of the key samples of a forward pass, in order of the calls.
 
     Args:
@@ -223,11 +224,11 @@ def sample_tables(config: InformerConfig, stack: bool = False) -> list[tuple[int
     return [sampling_sizes("per_query", config.factor, length, length).table for length in lengths]
 
 
-def decoder_input(known: jax.Array, config: InformerConfig) -> jax.Array:
+def decoder_input(known: jax.Array | np.ndarray, config: InformerConfig) -> jax.Array | np.ndarray:
     """The decoder's input: the last label_len known steps, then pred_len placeholders of `config.padding`.
 
     Args:
-      known: (B, at least label_len, dec_in), values up to the last known step.
+      known: (B, at least label_len, dec_in), values up to the last known step; numpy arrays give numpy arrays.
       config: the model's.
 
     Returns:
@@ -238,8 +239,41 @@ def decoder_input(known: jax.Array, config: InformerConfig) -> jax.Array:
             f"known must be (batch, at least {config.label_len}, {config.dec_in}), got shape {known.shape}"
         )
     shape = (known.shape[0], config.pred_len, config.dec_in)
-    placeholders = jnp.full(shape, config.padding, known.dtype)
-    return jnp.concatenate([known[:, known.shape[1] - config.label_len :], placeholders], axis=1)
+    library = np if isinstance(known, np.ndarray) else jnp
+    placeholders = library.full(shape, config.padding, known.dtype)
+    return library.concatenate([known[:, known.shape[1] - config.label_len :], placeholders], axis=1)
+
+
+def forecast(
+    model: Informer,
+    variables: Mapping[str, Any],
+    rng: jax.Array,
+    history: Series,
+    scaler: Scaler,
+    target: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forecasts the steps that follow a series.
+
+    Args:
+      model, variables: a trained network.
+      rng: a PRNG key, for the keys that ProbSparse samples.
+      history: at least seq_len rows, the columns of the training data.
+      scaler: the one the network was trained with.
+      target: the column to forecast where features is "S" or "MS", default the last.
+
+    Returns:
+      The (pred_len,) dates and the (pred_len, c_out) values in the series' units.
+    """
+    config = model.config
+    window = future_window(
+        history, scaler, seq_len=config.seq_len, label_len=config.label_len, pred_len=config.pred_len,
+        features=config.features, target=target, marks="continuous" if config.embed == "timeF" else "categorical",
+    )  # fmt: skip
+    x_dec = decoder_input(window.x[None], config)
+    out = model.apply(
+        variables, window.x[None], window.x_mark[None], x_dec, window.y_mark[None], rngs={"sample": rng}
+    )  # fmt: skip
+    return window.dates, scaler.inverse(np.asarray(out[0]))
 
 
 def targets(future: jax.Array, config: InformerConfig) -> jax.Array:
@@ -275,18 +309,19 @@ def example_targets(config: InformerConfig, batch_size: int) -> dict[str, np.nda
     return {"y": rng.standard_normal((batch_size, config.pred_len, config.c_out), dtype=np.float32)}
 
 
-def loss(model: Informer) -> Callable:
-    """The loss of `zoo.train`: mean squared error of the forecast against batch["y"], in standardised units.
+def loss(model: Informer, mean: np.ndarray | float = 0.0, std: np.ndarray | float = 1.0) -> Callable:
+    """The loss of `zoo.train`: mean squared error of the forecast against batch["y"].
 
     The batch holds the arguments of `Informer.__call__` and `y` (B, pred_len, c_out); the rng collections are
-    "dropout" and "sample". Metrics: "mae".
+    "dropout" and "sample". Metrics: "mae". With a `mean` and `std` of each channel the forecast is taken back to the
+    data's units first, in which `y` is then expected (`inverse` of the published code).
     """
 
     def loss_function(params, model_state, batch, rngs, train):
         inputs = {name: batch[name] for name in ("x_enc", "x_mark_enc", "x_dec", "x_mark_dec")}
         variables = {"params": params, **model_state}
         forecast, model_state = model.apply(variables, **inputs, train=train, rngs=rngs, mutable=list(model_state))
-        error = forecast - batch["y"]
+        error = forecast * std + mean - batch["y"]
         return jnp.mean(error**2), (model_state, {"mae": jnp.mean(jnp.abs(error))})
 
     return loss_function
