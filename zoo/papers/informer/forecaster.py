@@ -265,7 +265,7 @@ class InformerForecaster(nn.Module):
         observed = jnp.ones_like(values) if observed is None else observed.astype(values.dtype)
         loc, scale = scaler(config.scaling, values[:, -config.context :], observed[:, -config.context :])
         batch = values.shape[0]
-        static = [table(categorical[:, index]) for index, table in enumerate(self.tables)]
+        static = [table(jnp.asarray(categorical)[:, index]) for index, table in enumerate(self.tables)]
         if config.num_static_real_features:
             static.append(real)
         static += [jnp.log1p(jnp.abs(loc)).reshape(batch, -1), jnp.log(scale).reshape(batch, -1)]
@@ -370,7 +370,7 @@ def sample_paths(
     past_values: jax.Array,
     past_time_features: jax.Array,
     future_time_features: jax.Array,
-    **static_and_mask: jax.Array,
+    **static_and_mask: Any,
 ) -> jax.Array:
     """Draws paths of the future, each value from its distribution given the path so far.
 
@@ -408,7 +408,7 @@ def sample_paths(
     values = []
     for step, step_rng in enumerate(step_rngs, start=1):
         keys_rng, draw_rng = jax.random.split(step_rng)
-        parameters = model.apply(
+        parameters: Any = model.apply(
             variables, history, memory, static, time[:, :step], rngs={"sample": keys_rng},
             method=InformerForecaster.decode,
         )  # fmt: skip

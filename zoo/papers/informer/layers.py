@@ -85,7 +85,7 @@ def sampling_sizes(rule: Literal["per_query", "shared"], factor: int, queries: i
 
 
 def linear(
-    features: int, fan_in: int, axes: tuple[str | None, str | None], init_std: float | None = None, **options
+    features: int, fan_in: int, axes: tuple[str | None, str | None], init_std: float | None = None, **options: Any
 ) -> nn.Dense:
     """A dense layer initialised as PyTorch does (uniform in +-1/sqrt(fan_in)), or normal with zero bias."""
     if init_std is not None:
@@ -207,9 +207,10 @@ class MultiHeadAttention(nn.Module):
         rate = self.config.sparse_dropout if self.sampling else self.config.attention_dropout
         rate = rate if train else 0.0
         dropout_rng = self.make_rng("dropout") if rate else None
+        out: Any
         active = None
         if self.sampling is None:
-            attended = attention(query, key, value, causal=self.causal, dropout_rate=rate, dropout_rng=dropout_rng)
+            out = attention(query, key, value, causal=self.causal, dropout_rate=rate, dropout_rng=dropout_rng)
         else:
             sizes = sampling_sizes(self.sampling, self.config.factor, queries, keys)
             if sample_keys is None:
@@ -218,7 +219,7 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError(
                     f"sample_keys of {'/'.join(self.path)} must have shape {sizes.table}, got {sample_keys.shape}"
                 )
-            attended, _, active, _ = prob_sparse.prob_sparse_attention(
+            out, _, active, _ = prob_sparse.prob_sparse_attention(
                 query, key, value, sample_keys, queries=sizes.active, causal=self.causal, dropout_rate=rate,
                 dropout_rng=dropout_rng,
             )  # fmt: skip
@@ -227,7 +228,6 @@ class MultiHeadAttention(nn.Module):
             # Canonical attention is ProbSparse with every query active.
             top = jnp.broadcast_to(jnp.arange(queries), (batch, heads, queries)) if active is None else active
             attention_map = AttentionMap(prob_sparse.attention_map(query, key, top, causal=self.causal), active)
-        out = jnp.asarray(attended)
         if self.mix:
             out = out.swapaxes(1, 2)
         out = out.reshape(batch, queries, features)[:, queries - (steps or queries) :]
