@@ -26,8 +26,8 @@ KERNELS = [
     ("batch", attend(key=X[:1], value=X[:1]), ValueError, "batch sizes differ: query 2, key 1, value 1"),
     ("width", attend(key=X[..., :8]), ValueError, "same width, got 16 and 8"),
     ("length", attend(value=X[:, :4]), ValueError, "key and value must have the same length and heads"),
-    ("heads", attend(key=X[:, :, :3], value=X[:, :, :3]), ValueError, r"query heads \(4\) must be a multiple of .* \(3\)"),
-    ("implementation", attend(implementation="flash"), ValueError, "implementation must be None or one of .* got 'flash'"),
+    ("heads", attend(key=X[:, :, :3], value=X[:, :, :3]), ValueError, r"query heads \(4\) must be a multiple"),
+    ("implementation", attend(implementation="flash"), ValueError, "None or one of .* got 'flash'"),
     ("window", attend(window=-1), ValueError, r"window sides must be None or not negative, got \(-1, -1\)"),
     ("softcap", attend(logit_softcap=0.0), ValueError, "logit_softcap must be positive, got 0.0"),
     ("scale", attend(scale=-1.0), ValueError, "scale must be positive, got -1.0"),
@@ -35,10 +35,10 @@ KERNELS = [
     ("dropout rng", attend(dropout_rate=0.1), ValueError, "dropout needs dropout_rng"),
     ("prefix", attend(prefix_lengths=jnp.zeros(2, jnp.int32)), ValueError, "only with causal=True"),
     ("segments", attend(query_segment_ids=jnp.zeros((2, 8), jnp.int32)), ValueError, "are given together"),
-    ("bias", attend(bias=jnp.zeros((2, 3, 8, 8))), ValueError, r"bias must broadcast to .* \(2, 4, 8, 8\), got \(2, 3, 8, 8\)"),
+    ("bias", attend(bias=jnp.zeros((2, 3, 8, 8))), ValueError, r"\(2, 4, 8, 8\), got \(2, 3, 8, 8\)"),
     ("sinks", attend(sinks=jnp.zeros(3)), ValueError, r"sinks must have shape \(4,\), got \(3,\)"),
-    ("positions", attend(key_positions=jnp.zeros((2, 7), jnp.int32)), ValueError, r"key_positions must have shape \(2, 8\) or"),
-    ("cache", attend(key_lengths=jnp.zeros((2, 1), jnp.int32)), ValueError, r"key_lengths must have shape \(2,\), got \(2, 1\)"),
+    ("positions", attend(key_positions=jnp.zeros((2, 7), jnp.int32)), ValueError, r"key_positions .* \(2, 8\) or"),
+    ("cache", attend(key_lengths=jnp.zeros((2, 1), jnp.int32)), ValueError, r"must have shape \(2,\), got \(2, 1\)"),
 ]  # fmt: skip
 
 API = [

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command(passed_on)
         else:
             command()
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, ConnectionError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -48,7 +50,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     logsumexp = jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
 
     probabilities = weights / denominator
-    if options.dropout_rate > 0:
+    if options.dropout_rate > 0 and operands.dropout_seed is not None:
         head, row, column = jnp.ogrid[: batch * heads, :queries, :keys]
         uniform = hash_uniform(operands.dropout_seed, head, row, column).reshape(logits.shape)
         kept = uniform >= options.dropout_rate
@@ -62,10 +64,10 @@ def _mask(operands: Operands, options: Options) -> jax.Array | None:
     """(B or 1, 1, T, S), or None if every key is visible to every query."""
     queries, keys = operands.query.shape[1], operands.key.shape[1]
 
-    def rows(x: jax.Array | None) -> jax.Array | None:
+    def rows(x: jax.Array | None) -> Any:
         return None if x is None else x[:, None, :, None]
 
-    def columns(x: jax.Array | None) -> jax.Array | None:
+    def columns(x: jax.Array | None) -> Any:
         return None if x is None else x[:, None, None, :]
 
     def scalars(x: jax.Array | None) -> jax.Array | None:

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.data.hourly_traffic import hourly_traffic
+from zoo.data.pipeline import batches
 from zoo.data.time_series import (
     Scaler,
     Series,
     Windows,
-    batches,
     extend_dates,
     forecast_windows,
     future_window,

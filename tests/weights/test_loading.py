@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from zoo.weights.loading import abstract_variables, convert_file, load_weights, save
+from zoo.weights.loading import abstract_variables, load, save
 from zoo.weights.names import NameMapError, flatten, layer, to_published
 from zoo.weights.readers import read
 
@@ -49,7 +49,7 @@ def test_shapes_come_without_computing():
 
 def test_loaded_network_computes_the_published_function(tmp_path, state_dict):
     save_file(state_dict, tmp_path / "m.safetensors")
-    variables = load_weights(Network(), INPUTS, RULES, tmp_path / "m.safetensors")
+    variables = load(Network(), INPUTS, RULES, tmp_path / "m.safetensors")
     x = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
     hidden = x @ state_dict["fc.weight"].T + state_dict["fc.bias"]
     scaled = (hidden - state_dict["bn.running_mean"]) / np.sqrt(state_dict["bn.running_var"] + 1e-5)
@@ -59,11 +59,11 @@ def test_loaded_network_computes_the_published_function(tmp_path, state_dict):
 
 def test_saved_variables_load_to_the_same_bits(tmp_path, state_dict):
     model = Network(param_dtype=jnp.bfloat16)
-    variables = load_weights(model, INPUTS, RULES, state_dict)
+    variables = load(model, INPUTS, RULES, state_dict)
     assert variables["params"]["fc"]["kernel"].dtype == jnp.bfloat16
     path = save(variables, tmp_path / "new" / "ours.safetensors")
     assert [file.name for file in path.parent.iterdir()] == ["ours.safetensors"]
-    again = load_weights(model, INPUTS, RULES, path)
+    again = load(model, INPUTS, RULES, path)
     assert flatten(again).keys() == flatten(variables).keys()
     for name, leaf in flatten(variables).items():
         np.testing.assert_array_equal(flatten(again)[name], leaf)
@@ -74,13 +74,13 @@ def test_boxed_variables_are_saved_too(tmp_path):
     variables = Network().init(jax.random.key(0), **INPUTS)
     path = save(variables, tmp_path / "ours.safetensors")
     np.testing.assert_array_equal(read(path)["params/fc/kernel"], variables["params"]["fc"]["kernel"].value)
-    load_weights(Network(), INPUTS, RULES, path)
+    load(Network(), INPUTS, RULES, path)
     with pytest.raises(NameMapError, match=r"params/fc/bias \(4,\) -> params/fc/bias \(5,\)"):
-        load_weights(Network(width=5), INPUTS, RULES, path)
+        load(Network(width=5), INPUTS, RULES, path)
 
 
-def test_conversion_writes_a_whole_file_or_none(tmp_path, state_dict, monkeypatch):
-    path = convert_file(state_dict, tmp_path / "out.safetensors", Network(), INPUTS, RULES)
+def test_saving_writes_a_whole_file_or_none(tmp_path, state_dict, monkeypatch):
+    path = save(load(Network(), INPUTS, RULES, state_dict), tmp_path / "out.safetensors")
     before = path.read_bytes()
     np.testing.assert_array_equal(read(path)["params/fc/kernel"], state_dict["fc.weight"].T)
 
@@ -90,7 +90,7 @@ def test_conversion_writes_a_whole_file_or_none(tmp_path, state_dict, monkeypatc
 
     monkeypatch.setattr("zoo.weights.loading.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        convert_file(state_dict, path, Network(), INPUTS, RULES)
+        save(load(Network(), INPUTS, RULES, path), path)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["out.safetensors"]
     with pytest.raises(ValueError, match=r"saved as \.safetensors, got 'out.npz'"):
         save({}, tmp_path / "out.npz")

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.weights.names import NameMapError, Rule, Transform, convert, flatten, layer, to_published, under, vector
+from zoo.weights.names import (
+    TRANSFORMS,
+    NameMapError,
+    Rule,
+    Transform,
+    convert,
+    flatten,
+    layer,
+    to_published,
+    under,
+    vector,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -218,7 +229,7 @@ def test_two_names_for_one_place():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("a", "params/a", "transpose"), "transform must be a Transform or one of none"),
+        (("a", "params/a", "transpose"), "unknown transform 'transpose'; .*an own one is a Transform"),
         (("a(", "params/a"), "not a regular expression"),
         ((r"a\.\d+", "params/a"), "cannot be read backwards"),
         ((r"a.*", "params/a"), "cannot be read backwards"),
@@ -234,7 +245,7 @@ def test_two_names_for_one_place():
 def test_wrong_rules(arguments, message):
     with pytest.raises(ValueError, match=message):
         Rule(*arguments)
-    with pytest.raises(ValueError, match="kind must be one of"):
+    with pytest.raises(ValueError, match="unknown kind of layer 'dense'"):
         layer("dense", "a", "a")
 
 
@@ -250,3 +261,28 @@ def test_thousands_of_names_take_a_moment():
     _, back = round_trip(state_dict, rules, {"params": params})
     assert time.perf_counter() - start < 5 and len(back) == 4000
     assert_equal(back, state_dict)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_is_undone_by_its_inverse(name):
+    transform = TRANSFORMS[name]
+    array = draw(*(6, 4, 3, 2, 5)[: transform.ndim or 3])
+    if name.startswith(("depthwise", "pointwise")):
+        array = array.reshape(array.shape[0], -1)[:, :4]
+        kernel = array.reshape(6, 1, *((4,), (2, 2), (2, 2, 1))[transform.ndim - 3])
+        array = kernel if name.startswith("depthwise") else array.reshape(6, 4, *(1,) * (transform.ndim - 2))
+    np.testing.assert_array_equal(transform.inverse(transform.forward(array)), array)
+    assert transform.inverse(transform.forward(array)).shape == array.shape
+
+
+def test_kernels_of_the_wrong_size_are_refused():
+    for name, shape, message in (
+        ("pointwise1d", (4, 3, 3), "a pointwise convolution's kernel is of size 1"),
+        ("depthwise2d", (4, 2, 3, 3), r"a depthwise kernel is \(channels, 1, ...\)"),
+    ):
+        with pytest.raises(NameMapError, match=message):
+            convert({"w": draw(*shape)}, [Rule("w", "params/w", name)], {"params": {"w": draw(1)}})
+    with pytest.raises(NameMapError, match="expected only axis 1 to be longer than 1"):
+        convert({"w": draw(2, 3, 1)}, [Rule("w", "params/w", vector(3, 1))], {"params": {"w": draw(3)}})
+    with pytest.raises(NameMapError, match=r"axis -1 of shape \(7,\) does not divide into sections \(1, 1\)"):
+        convert({"w": draw(7)}, [Rule("w", ("params/a", "params/b"))], {"params": {"a": draw(3), "b": draw(4)}})

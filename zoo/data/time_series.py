@@ -7,7 +7,7 @@ last `label_len` known steps, so targets start that much earlier.
 
     series = read_csv("ETTh1.csv")
     data = forecast_windows(series, seq_len=48, label_len=48, pred_len=24)
-    for batch in batches(data.train, 32, shuffle_seed=0): ...
+    for batch in zoo.data.pipeline.batches(data.train, 32, shuffle_seed=0): ...
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
-import grain
 import numpy as np
 
 Features = Literal["M", "S", "MS"]
@@ -563,24 +562,3 @@ def future_window(
     dates = np.concatenate([series.dates[-seq_len:], ahead])
     stamps = time_features(dates, series.frequency, marks)
     return Future(x, stamps[:seq_len], x[seq_len - label_len :], stamps[seq_len - label_len :], ahead)
-
-
-def batches(
-    source: Any, batch_size: int, *, shuffle_seed: int | None = None, drop_last: bool = True, epochs: int | None = 1
-) -> grain.MapDataset:
-    """Batches of a random-access source, as a Grain dataset (index it, iterate over it, or `.to_iter_dataset()`).
-
-    Args:
-      source: anything with `__len__` and `__getitem__` whose items are pytrees of arrays of equal shapes.
-      batch_size: items a batch.
-      shuffle_seed: another order every epoch, a function of this seed; None keeps the order.
-      drop_last: leave out an epoch's incomplete last batch (the published protocol does, also for validation and test).
-      epochs: how often; None is without end. `len(batches(source, n))` is the number of steps of an epoch.
-    """
-    if not 1 <= batch_size <= len(source):
-        raise ValueError(f"batch_size must be between 1 and the {len(source)} items, got {batch_size}")
-    dataset = grain.MapDataset.source(source)
-    if shuffle_seed is not None:
-        dataset = dataset.seed(shuffle_seed).shuffle()
-    dataset = dataset.batch(batch_size, drop_remainder=drop_last)
-    return dataset if epochs == 1 else dataset.repeat(epochs)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from zoo.files import atomic
 from zoo.weights.names import Rule, convert, flatten
 from zoo.weights.readers import Source, read
 
@@ -41,7 +40,7 @@ def abstract_variables(model: nn.Module, example_inputs: Mapping[str, Any]) -> d
     return {name: variables[name] for name in COLLECTIONS if name in variables}
 
 
-def load_weights(
+def load(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
     rules: Iterable[Rule],
@@ -80,23 +79,6 @@ def save(variables: Mapping[str, Any], path: str | pathlib.Path) -> pathlib.Path
         raise ValueError(f"variables are saved as .safetensors, got {path.name!r}")
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(variables).items()}
     arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        unfinished = pathlib.Path(folder) / path.name
+    with atomic(path) as unfinished:
         save_file(arrays, unfinished, metadata={"format": "zoo"})
-        os.replace(unfinished, path)
     return path
-
-
-def convert_file(
-    source: Source,
-    path: str | pathlib.Path,
-    model: nn.Module,
-    example_inputs: Mapping[str, Any],
-    rules: Iterable[Rule],
-    *,
-    key: str | None = None,
-    sha256: str | None = None,
-) -> pathlib.Path:
-    """Reads a published checkpoint and writes it as the zoo's own; arguments as of `load_weights` and `save`."""
-    return save(load_weights(model, example_inputs, rules, source, key=key, sha256=sha256), path)

@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from zoo.errors import unknown
+
 
 class NameMapError(ValueError):
     """A checkpoint and a model that do not fit; the message lists every name and both shapes."""
@@ -144,7 +146,7 @@ class Rule:
 
     def __post_init__(self):
         if isinstance(self.transform, str) and self.transform not in TRANSFORMS:
-            raise ValueError(f"transform must be a Transform or one of {', '.join(TRANSFORMS)}, got {self.transform!r}")
+            raise unknown("transform", self.transform, TRANSFORMS, "an own one is a Transform")
         if isinstance(self.published, tuple) and isinstance(self.path, tuple):
             raise ValueError(f"a rule splits or merges, not both: {self.published} -> {self.path}")
         parts = max(len(self.patterns), len(self.paths))
@@ -289,7 +291,7 @@ def layer(kind: str, published: str, path: str) -> list[Rule]:
         ]
         return rules + ([Rule(rf"{published}\.num_batches_tracked", None)] if kind == "batch_norm" else [])
     if kind not in TRANSFORMS:
-        raise ValueError(f"kind must be one of {', '.join([*_LAYERS, *TRANSFORMS])}, got {kind!r}")
+        raise unknown("kind of layer", kind, [*_LAYERS, *TRANSFORMS])
     return [
         Rule(rf"{published}\.weight", f"params/{path}/kernel", kind),
         Rule(rf"{published}\.bias", f"params/{path}/bias"),
