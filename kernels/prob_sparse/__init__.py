@@ -13,6 +13,7 @@ active rows is `kernels.attention`. With U and u of order ln L, operations grow 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -91,10 +92,11 @@ def prob_sparse_attention(
     """
     check_implementation(implementation)
     _check(query, key, value, sample_indices, queries, causal)
-    batch, length, heads, _ = query.shape
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    batch, length, heads, width = query.shape
     keys = key.shape[1]
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        scale = width**-0.5
 
     # An index out of range cannot raise inside a program; clipping keeps the kernels' reads inside the keys.
     sample_indices = jnp.clip(sample_indices, 0, keys - 1).astype(jnp.int32)
@@ -116,14 +118,43 @@ def prob_sparse_attention(
         scale=scale, dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_logsumexp=True,
         implementation=implementation,
     )  # fmt: skip
+    out = _overwrite_context(value, active.reshape(batch, heads, queries, -1), top, length, causal)
+    return ProbSparseOutput(out, measure, top, logsumexp.reshape(batch, heads, queries))
+
+
+def _rows(top: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the active queries lie in an array (B, L_Q, H, ...): indices that broadcast to (B, H, u)."""
+    batch, heads, _ = top.shape
+    return jnp.arange(batch)[:, None, None], top, jnp.arange(heads)[:, None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _overwrite_context(value: jax.Array, active: jax.Array, top: jax.Array, length: int, causal: bool) -> jax.Array:
+    """The mean (or cumulative sum) of the values in every row, the active rows (B, H, u, E) overwritten."""
     context = value.astype(jnp.float32)
     context = jnp.cumsum(context, axis=1) if causal else context.mean(axis=1, keepdims=True)
-    context = jnp.broadcast_to(context.astype(value.dtype), (batch, length, *value.shape[2:]))
-    item, head = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None]
-    out = context.at[item, top, head].set(
-        active.reshape(batch, heads, queries, -1), mode="promise_in_bounds", unique_indices=True
-    )
-    return ProbSparseOutput(out, measure, top, logsumexp.reshape(batch, heads, queries))
+    context = jnp.broadcast_to(context.astype(value.dtype), (value.shape[0], length, *value.shape[2:]))
+    return context.at[_rows(top)].set(active, mode="promise_in_bounds", unique_indices=True)
+
+
+def _overwrite_context_forward(value, active, top, length, causal):
+    return _overwrite_context(value, active, top, length, causal), (top, value.shape[1])
+
+
+def _overwrite_context_backward(length, causal, residuals, d_out):
+    # Written out because JAX would sum a bfloat16 cotangent over time in bfloat16.
+    top, keys = residuals
+    d_active = d_out.at[_rows(top)].get(mode="promise_in_bounds", unique_indices=True)
+    if causal:
+        d_context = d_out.at[_rows(top)].set(0, mode="promise_in_bounds", unique_indices=True)
+        d_value = jax.lax.cumsum(d_context.astype(jnp.float32), axis=1, reverse=True)
+    else:
+        d_mean = d_out.sum(1, dtype=jnp.float32) - d_active.sum(2, dtype=jnp.float32)
+        d_value = jnp.broadcast_to(d_mean[:, None] / keys, (d_out.shape[0], keys, *d_out.shape[2:]))
+    return d_value.astype(d_out.dtype), d_active, None
+
+
+_overwrite_context.defvjp(_overwrite_context_forward, _overwrite_context_backward)
 
 
 def attention_map(
