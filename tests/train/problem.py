@@ -4,6 +4,9 @@ It is also the program that the tests kill: `train_to_the_end` is the main funct
 """
 
 import dataclasses
+import functools
+import multiprocessing
+import os
 import pathlib
 import time
 
@@ -12,6 +15,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from zoo import train
 from zoo.layers.partitioning import dense
@@ -73,6 +77,7 @@ class Config:
         learning_rate=1e-2, schedule="cosine", warmup_steps=3, weight_decay=0.1, clip_norm=1.0, ema_decay=0.9
     )
     mesh: train.MeshConfig = train.MeshConfig(data=1)
+    dropout_rate: float = 0.25
     seed: int = 0
 
 
@@ -90,22 +95,32 @@ class Setup:
         return train.evaluate(self.evaluation_step, state, validation, self.mesh)
 
 
-def setup(config, network=Network()):
-    mesh = train.make_mesh(config.mesh)
-    optimizer = train.build_optimizer(config.optimizer, config.fit.total_steps(None))
-    state = train.init_sharded(initializer(network), optimizer, jax.random.key(config.seed), mesh)
+@functools.cache
+def compiled(optimizer_config, mesh_config, total_steps, network):
+    """Everything but the state, for all tests once."""
+    mesh = train.make_mesh(mesh_config)
+    optimizer = train.build_optimizer(optimizer_config, total_steps)
+    state = train.init_sharded(initializer(network), optimizer, jax.random.key(0), mesh)
     loss_fn = make_loss(network)
-    return Setup(train.make_train_step(loss_fn, optimizer, state), train.make_evaluation_step(loss_fn), state, mesh)
+    step, evaluation_step = train.make_train_step(loss_fn, optimizer, state), train.make_evaluation_step(loss_fn)
+    return optimizer, mesh, step, evaluation_step
 
 
-def fit(folder, config=Config(), resume=False, transform=lambda batch: batch, evaluate=None, figures=None):
+def setup(config, network=Network()):
+    total_steps = config.fit.steps or 100
+    optimizer, mesh, step, evaluation_step = compiled(config.optimizer, config.mesh, total_steps, network)
+    state = train.init_sharded(initializer(network), optimizer, jax.random.key(config.seed), mesh)
+    return Setup(step, evaluation_step, state, mesh)
+
+
+def fit(folder, config=Config(), resume=False, transform=lambda batch: batch, step=None, evaluate=None, figures=None):
     """Trains and writes result.json, as an experiment does."""
     run = train.open_run(folder, config, resume=resume)
-    made = setup(config)
+    made = setup(config, Network(config.dropout_rate))
     data = train.process_shard(grain.MapDataset.source(examples()).shuffle(config.seed).repeat())
     data = data.batch(16 // jax.process_count()).map(transform)
     result = train.fit(
-        made.step, made.state, data, config.fit, run,
+        step or made.step, made.state, data, config.fit, run,
         mesh=made.mesh, evaluate=evaluate or made.evaluate, figures=figures,
     )  # fmt: skip
     run.write_result({"best_step": result.best_step, "best_value": result.best_value, **result.evaluation})
@@ -133,14 +148,33 @@ def records(folder):
     }
 
 
-def train_to_the_end(folder, config, started=None):
-    """A child process: trains with --resume, slowly enough to be killed, and saves the final state's bits."""
+def train_to_the_end(folder, config, started=None, environment=None):
+    """The main function of child processes: trains with --resume and saves the final parameters' bits.
 
-    def slowly(batch):
+    Args:
+      started: an event to set after the first step; training is then slowed down, so that there is something to kill.
+      environment: variables to set before JAX finds its devices.
+    """
+    os.environ.update(environment or {})
+    train.initialize_distributed()
+
+    made = setup(config, Network(config.dropout_rate))
+
+    def step(state, batch):
+        state, metrics = made.step(state, batch)
         if started is not None:
+            jax.block_until_ready(state)
             started.set()
-            time.sleep(0.004)
-        return batch
+            time.sleep(0.03)
+        return state, metrics
 
-    result = fit(folder, config, resume=True, transform=slowly)
-    np.savez(pathlib.Path(folder) / "final.npz", **{k: np.frombuffer(v, np.uint8) for k, v in bits(result).items()})
+    result = fit(folder, config, resume=True, step=step)
+    params = multihost_utils.process_allgather(result.state.params, tiled=True)
+    if jax.process_index() == 0:
+        final = {name: np.frombuffer(data, np.uint8) for name, data in bits(params).items()}
+        np.savez(pathlib.Path(folder) / "final.npz", **final)
+
+
+# Children are forked from a process that has imported everything and touched no device: they start at once.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.train.problem"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import SupportsFloat
 
 
 class MeanAccumulator:
@@ -19,7 +20,7 @@ class MeanAccumulator:
         self._totals: dict[str, float] = dict(state["totals"]) if state else {}
         self._weight: float = state["weight"] if state else 0.0
 
-    def add(self, metrics: Mapping[str, float], weight: float = 1.0) -> None:
+    def add(self, metrics: Mapping[str, SupportsFloat], weight: float = 1.0) -> None:
         """Adds a batch's means; `weight` is its number of examples."""
         for name, value in metrics.items():
             self._totals[name] = self._totals.get(name, 0.0) + weight * float(value)

@@ -128,6 +128,8 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
             f"got shapes {jax.tree.map(np.shape, batch)}"
         )
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
 
 
