@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
 
 def test_a_run_leaves_its_record(folder):
     result = reports.load_result(folder / "result.json")
-    assert [claim.verdict for claim in result.claims][0] == "not tested"
+    assert result.claims[0].verdict == "not tested"
     assert result.preset == "smoke" and result.data == "traffic" and len(result.claims) == 3
     assert {"persistence, mse", "seasonal naive, mse", "linear map, mae"} <= set(result.claims[0].baselines)
     config = json.loads((folder / "config.json").read_text())
@@ -76,8 +77,6 @@ def test_batches_are_what_the_network_takes():
 
 
 def test_the_published_formulation_of_probsparse_is_the_same_function():
-    import jax
-
     query, key, value = (jax.random.normal(rng, (2, 40, 3, 8)) for rng in jax.random.split(jax.random.key(0), 3))
     sample = informer.prob_sparse.sample_keys(jax.random.key(1), 40, 40, 20)
     operands = (query, key, value, sample)

@@ -61,7 +61,7 @@ def test_sample_sizes_are_the_published_ones():
 
 
 def test_all_queries_active_is_canonical_attention(small):
-    model, inputs, variables = small
+    _, inputs, variables = small
     everything = Informer(dataclasses.replace(SMALL, factor=100))
     canonical = Informer(dataclasses.replace(SMALL, attn="full"))
     expected = jax.jit(canonical.apply)(variables, **inputs)

@@ -276,7 +276,7 @@ def forecast(
     return window.dates, scaler.inverse(np.asarray(out[0]))
 
 
-def targets(future: jax.Array, config: InformerConfig) -> jax.Array:
+def targets(future: jax.Array | np.ndarray, config: InformerConfig) -> jax.Array | np.ndarray:
     """The channels to forecast of (B, pred_len, channels): all, or the last one for features "MS"."""
     return future[..., -1:] if config.features == "MS" else future
 
