@@ -6,6 +6,7 @@ It is also the program that the tests kill: `train_to_the_end` is the main funct
 import dataclasses
 import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import pathlib
 import time
@@ -154,6 +155,8 @@ def train_to_the_end(folder, config, started=None, environment=None):
     """
     os.environ.update(environment or {})
     train.initialize_distributed()
+    # A script does this as it exits; children of multiprocessing skip what was registered with atexit.
+    multiprocessing.util.Finalize(None, jax.distributed.shutdown, exitpriority=1)
 
     made = setup(config, Network(config.dropout_rate))
 
