@@ -535,7 +535,7 @@ class _Gradients(NamedTuple):
     """Tiles (rows, keys)."""
 
     probabilities: jax.Array
-    weights: jax.Array  # the same after dropout
+    weights: jax.Array  # those that dropout keeps, not yet divided by 1 - rate: in bfloat16, 1 is exact, 1 / 0.9 not
     d_probabilities: jax.Array
     d_logits: jax.Array  # biased ones
     slope: jax.Array | float  # d logits / d (query . key)
@@ -549,8 +549,9 @@ def _gradients(
     d_probabilities = _dot(of_rows.d_out, value, (1, 1))
     weights = probabilities
     if plan.options.dropout_rate > 0:
-        factor = jnp.where(_kept(refs, plan, at), 1 / (1 - plan.options.dropout_rate), 0.0)
-        weights, d_probabilities = weights * factor, d_probabilities * factor
+        kept = _kept(refs, plan, at)
+        weights = jnp.where(kept, weights, 0.0)
+        d_probabilities = jnp.where(kept, d_probabilities * (1 / (1 - plan.options.dropout_rate)), 0.0)
     d_logits = probabilities * (d_probabilities - of_rows.delta[:, None])
     return _Gradients(probabilities, weights, d_probabilities, d_logits, slope)
 
@@ -654,6 +655,7 @@ def _d_key_value_kernel(
     carry = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     d_key, d_value = jax.lax.fori_loop(0, plan.group, of_head, carry)
     _store_matrix(d_key_ref, (batch,), at.first_key, key_head, d_key)
+    d_value *= 1 / (1 - plan.options.dropout_rate)
     _store_matrix(d_value_ref, (batch,), at.first_key, key_head, d_value)
 
 
