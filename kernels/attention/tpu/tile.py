@@ -34,12 +34,22 @@ def bytes_of(array: jax.Array | jax.ShapeDtypeStruct) -> int:
     return array.size * array.dtype.itemsize
 
 
-def bounds_of(refs: Refs, plan: Plan, batch: Any, query_block: Any, chunk: Any) -> tuple[Any, Any]:
-    """First and end of the key blocks of this chunk that this block of queries sees."""
+def _bounds(refs: Refs, plan: Plan, batch: Any, query_block: Any) -> tuple[Any, Any]:
     shared = refs["bounds"].shape[0] == 2 * plan.query_blocks
     at = 2 * ((0 if shared else batch * plan.query_blocks) + query_block)
-    first = jnp.maximum(refs["bounds"][at], chunk * plan.blocks_per_chunk)
-    return first, jnp.minimum(refs["bounds"][at + 1], (chunk + 1) * plan.blocks_per_chunk)
+    return refs["bounds"][at], refs["bounds"][at + 1]
+
+
+def bounds_of(refs: Refs, plan: Plan, batch: Any, query_block: Any, chunk: Any) -> tuple[Any, Any]:
+    """First and end of the key blocks of this chunk that this block of queries sees."""
+    first, end = _bounds(refs, plan, batch, query_block)
+    return jnp.maximum(first, chunk * plan.blocks_per_chunk), jnp.minimum(end, (chunk + 1) * plan.blocks_per_chunk)
+
+
+def sees_one_block(refs: Refs, plan: Plan, batch: Any, query_block: Any) -> Any:
+    """Whether this block of queries sees a single block of keys."""
+    first, end = _bounds(refs, plan, batch, query_block)
+    return end - first == 1
 
 
 def spec(block: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]], **kwargs: Any) -> pl.BlockSpec:
