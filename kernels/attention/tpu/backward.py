@@ -11,6 +11,7 @@ Every product takes its operands as they lie (time last) but for the queries' of
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,8 +23,22 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.attention.operands import Operands, Options
 from kernels.attention.tpu.plan import EMPTY, FULL, LANES, PARTIAL, Plan, block_states, make_plan
 from kernels.attention.tpu.tile import (
-    LOG2_E, Inputs, Refs, Tiles, bounds_of, bytes_of, call, column, column_scratch, concatenate, mask_inputs, prefetched_scalars, product,
-    sees_one_block, spec, total,
+    LOG2_E,
+    Inputs,
+    Refs,
+    Tiles,
+    bounds_of,
+    bytes_of,
+    call,
+    column,
+    column_scratch,
+    concatenate,
+    mask_inputs,
+    prefetched_scalars,
+    product,
+    sees_one_block,
+    spec,
+    total,
 )  # fmt: skip
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # out, logsumexp, d_out, d_logsumexp
@@ -95,7 +110,8 @@ def backward_call(
         interpret,
     )
     d_query = d_query[0] if plan.chunks == 1 else d_query.sum(0).astype(query.dtype)
-    return tuple(x.transpose(0, 3, 1, 2) for x in (d_query, d_key, d_value))
+    d_query, d_key, d_value = (x.transpose(0, 3, 1, 2) for x in (d_query, d_key, d_value))
+    return d_query, d_key, d_value
 
 
 def _query_inputs(operands: Operands, residuals: Residuals, queries: Any) -> Inputs:
@@ -198,10 +214,10 @@ def _kernel(refs: Refs, plan: Plan, options: Options) -> None:
                 dropped, _, d_scores = _logit_gradients(
                     refs, plan, options, tiles, rows, keys, values, key_block, masked, only_block
                 )
-                dropped, d_scores = concatenate(dropped, keys.dtype), concatenate(d_scores, keys.dtype)
-                refs["value_sum"][:, columns] += product(refs["d_out_t"][:, rows], dropped)
-                refs["key_sum"][:, columns] += product(refs["query_t"][:, rows], d_scores)
-                refs["query_sum"][rows] += product(d_scores, keys, transposed=True)
+                weights, gradient = concatenate(dropped, keys.dtype), concatenate(d_scores, keys.dtype)
+                refs["value_sum"][:, columns] += product(refs["d_out_t"][:, rows], weights)
+                refs["key_sum"][:, columns] += product(refs["query_t"][:, rows], gradient)
+                refs["query_sum"][rows] += product(gradient, keys, transposed=True)
 
         def step(key_block: Any, _: None) -> None:
             if not plan.masked:
@@ -334,10 +350,9 @@ def _bias_kernel(
             else:
                 refs["bias_sum"][...] += jnp.sum(d_bias, axis=0, keepdims=True)
 
-    first_term, last_term = True, True
-    for axis in range(4, 8):
-        first_term &= index[axis] == 0
-        last_term &= index[axis] == grid[axis] - 1
+    summed = range(4, 8)
+    first_term = functools.reduce(jnp.logical_and, [index[axis] == 0 for axis in summed])
+    last_term = functools.reduce(jnp.logical_and, [index[axis] == grid[axis] - 1 for axis in summed])
 
     @pl.when(first_term)
     def _zero() -> None:

@@ -83,7 +83,7 @@ def call(
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            dimension_semantics=["parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))],
             vmem_limit_bytes=plan.vmem_bytes,
         ),
         cost_estimate=cost,
@@ -104,9 +104,7 @@ def prefetched_scalars(operands: Operands, plan: Plan, bounds: Any) -> dict[str,
     return {"bounds": jnp.asarray(bounds).reshape(-1), "scalars": scalars.reshape(-1)}
 
 
-def mask_inputs(
-    operands: Operands, plan: Plan, states: Any, index: Callable[..., tuple[Any, Any, Any, Any]]
-) -> Inputs:
+def mask_inputs(operands: Operands, plan: Plan, states: Any, index: Callable[..., tuple[Any, Any, Any, Any]]) -> Inputs:
     """Inputs that say which keys a query sees, and the bias; `index` maps grid indices to (batch, head, query block,
     chunk)."""
     inputs: Inputs = {}
@@ -135,12 +133,8 @@ def mask_inputs(
         def bias_at(*grid: Any) -> tuple[Any, ...]:
             return tuple(at if size > 1 else 0 for at, size in zip(index(*grid), shape, strict=True))
 
-        block = (None, None, min(shape[2], plan.block_q), min(shape[3], plan.chunk))
-        if shape[2] > 1:
-            block = (None, None, plan.block_q, block[3])
-        if shape[3] > 1:
-            block = (*block[:3], plan.chunk)
-        inputs["bias"] = (operands.bias, spec(block, bias_at))
+        tile = (None, None, plan.block_q if shape[2] > 1 else 1, plan.chunk if shape[3] > 1 else 1)
+        inputs["bias"] = (operands.bias, spec(tile, bias_at))
     return inputs
 
 
@@ -286,11 +280,7 @@ def _divide(numbers: jax.Array, divisor: int) -> jax.Array:
 
 def column_scratch(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """Scratch for `Tiles.prepare`."""
-    return {
-        f"{name}_column": pltpu.VMEM((plan.block_q, LANES), jnp.int32)
-        for name in _UPRIGHT
-        if name in inputs
-    }
+    return {f"{name}_column": pltpu.VMEM((plan.block_q, LANES), jnp.int32) for name in _UPRIGHT if name in inputs}
 
 
 def concatenate(tiles: list[jax.Array], dtype: Any) -> jax.Array:
