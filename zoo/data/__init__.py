@@ -1,0 +1,1 @@
+"""Data: time series, TFDS builders, and Grain pipelines over them."""

@@ -1,0 +1,1 @@
+"""One module a paper; importing it registers its models with `zoo.registry`."""

@@ -1,0 +1,47 @@
+# The two commands of the README are `demo` and `test`; both make .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-all lint bench bench-kernels claims notebooks readme clean
+
+demo: .venv/demo
+	$(BIN)/zoo run informer --preset demo --workdir runs/demo --force
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/bench
+	$(BIN)/python -m benchmarks.attention_cpu
+
+bench-kernels: .venv/bench
+	$(BIN)/python -m benchmarks.kernels
+
+# Every claim, minutes to hours each; then the page that sums them up.
+claims: .venv/test
+	$(BIN)/zoo run informer --preset cpu --workdir runs/claims/informer
+	$(BIN)/zoo report
+
+notebooks: .venv/test
+	$(BIN)/python -m notebooks.execute
+
+readme: .venv/demo
+	$(BIN)/zoo readme
+
+# One virtual environment; a stamp for each set of extras, made again when the pins change.
+.venv/%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv .cache runs build dist *.egg-info

@@ -1,0 +1,37 @@
+"""`python -m notebooks.execute [NAME ...]`: runs notebooks from top to bottom and keeps their outputs."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import nbformat
+from nbclient import NotebookClient
+
+from zoo.files import atomic
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def execute(path: pathlib.Path) -> nbformat.NotebookNode:
+    """The notebook with new outputs, run in the repository's root. Raises CellExecutionError where a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER.parent}}
+    ).execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times of day, different in every run
+    return notebook
+
+
+def main() -> None:
+    """Executes the notebooks named (default all) in place."""
+    for path in [FOLDER / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(FOLDER.glob("*.ipynb")):
+        notebook = execute(path)
+        with atomic(path) as temporary:
+            nbformat.write(notebook, temporary)
+        print(f"executed {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.goldens.runner import find_cases, run_case
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.mark.parametrize("path", find_cases(HERE), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_our_model_computes_what_the_published_code_does(path):
+    outcome = run_case(path)
+    assert outcome.passed, str(outcome)
+
+
+def test_kept_cases_are_small():
+    assert sum(path.stat().st_size for path in find_cases(HERE)) < 15e6
+
+
+def run_module(*arguments):
+    command = [sys.executable, "-m", "tests.goldens", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_counts_and_exits(tmp_path):
+    """A passing case, a broken file, and a slug without an adapter, which only --strict counts."""
+    for slug in ("informer", "unheard_of"):
+        (tmp_path / slug).mkdir()
+        shutil.copy(HERE / "informer/probsparse_self.safetensors", tmp_path / slug / "renamed.safetensors")
+    (tmp_path / "informer/broken.safetensors").write_bytes(b"not a case")
+    out = run_module(tmp_path)
+    lines = out.stdout.splitlines()
+    assert lines[-1] == "1 passed, 1 failed" and out.returncode == 1
+    assert "informer/renamed" in lines[1] and lines[1].endswith("ok")
+    assert "informer/broken inf" in lines[0] and "FAIL" in lines[0]
+    assert lines[2] == "unheard_of/renamed - - no adapter"
+    assert run_module(tmp_path, "--slug", "unheard_of").returncode == 0
+    strict = run_module(tmp_path, "--slug", "unheard_of", "--strict")
+    assert strict.stdout.splitlines()[-1] == "0 passed, 1 failed" and strict.returncode == 1
+
+
+def test_missing_folder_is_an_error(tmp_path):
+    out = run_module(tmp_path / "nowhere")
+    assert out.returncode == 2 and "no folder" in out.stderr
