@@ -392,7 +392,7 @@ def _kernel_calls(program: str) -> list[tuple[str, str]]:
 
 # ---------------------------------------------------------------------------------------------- schedules, resources
 
-_BUNDLE = re.compile(r"^ +(?:0x[0-9a-f]+|0) (?:[A-Z]{2})?[ ]*:", re.MULTILINE)
+_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) (?:[A-Z]{2})?[ ]*:", re.MULTILINE)
 _BRANCH_DELAY = 4  # bundles that still run after a branch
 
 

@@ -13,8 +13,23 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.attention.operands import Operands, Options
 from kernels.attention.tpu.plan import EMPTY, FULL, LANES, PARTIAL, Plan, block_states, make_plan
 from kernels.attention.tpu.tile import (
-    LOG2_E, Refs, Tiles, bounds_of, bytes_of, call, column, column_scratch, concatenate, lanes, mask_inputs, maximum, prefetched_scalars,
-    product, row, spec, total,
+    LOG2_E,
+    Refs,
+    Tiles,
+    bounds_of,
+    bytes_of,
+    call,
+    column,
+    column_scratch,
+    concatenate,
+    lanes,
+    mask_inputs,
+    maximum,
+    prefetched_scalars,
+    product,
+    row,
+    spec,
+    total,
 )  # fmt: skip
 from kernels.common import NEGATIVE_INFINITY
 
@@ -49,7 +64,8 @@ def forward_call(
     batches = states.shape[0]
 
     def place(batch: Any, head: Any, block: Any, chunk: Any, bounds_ref: Any, _: Any) -> tuple[Any, Any, Any, Any]:
-        # (`lax.div` and not //, whose lowering asks what the device is.) Chunks out of bounds repeat their neighbour: a block whose index stays is not fetched again.
+        # A chunk out of bounds repeats its neighbour: a block whose index stays is not fetched again. (`lax.div`: the
+        # lowering of // asks what the device is.)
         at = 2 * ((batch if batches > 1 else 0) * plan.query_blocks + block)
         first = jax.lax.div(bounds_ref[at], plan.blocks_per_chunk)
         last = jax.lax.div(jnp.maximum(bounds_ref[at + 1] - 1, 0), plan.blocks_per_chunk)

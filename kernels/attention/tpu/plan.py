@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
 
 # (forward, backward) by generation; chosen by the schedules that `make bench-kernels` prints.
-BLOCKS = {
+BLOCKS: dict[Any, tuple[Blocks, Blocks]] = {
     pltpu.ChipVersion.TPU_V5E: (Blocks(512, 512, 256), Blocks(512, 512, 512)),
     pltpu.ChipVersion.TPU_V6E: (Blocks(512, 512, 512), Blocks(512, 512, 512)),
 }
@@ -60,7 +60,7 @@ class Plan:
     block_k: int
     rows: int
     chunk: int  # keys that lie in VMEM at once, a multiple of block_k
-    interleaved: int  # key heads that lie in one sequence, token by token (decoding), of as many query heads as rows are
+    interleaved: int  # 0, or how many key heads lie in one sequence, token by token (decoding)
     heads_per_step: int
     vmem_bytes: int
     masked: bool  # some pair of tokens may not attend
@@ -131,8 +131,8 @@ def make_plan(operands: Operands, options: Options, *, backward: bool = False, i
         heads_per_step, vmem_bytes=min(info.vmem_capacity_bytes, int(taken / VMEM_SHARE) + (8 << 20)), masked=False,
         scalars=tuple(name for name in ("prefix_lengths", "key_lengths") if getattr(operands, name) is not None),
     )  # fmt: skip
-    restricted = options.causal or options.window is not None or operands.key_lengths is not None
-    masked = interleaved > 1 or restricted or operands.query_segment_ids is not None or plan.ragged_queries or plan.ragged_keys
+    masked = options.causal or options.window is not None or operands.key_lengths is not None
+    masked |= operands.query_segment_ids is not None or interleaved > 1 or plan.ragged_queries or plan.ragged_keys
     return dataclasses.replace(plan, masked=masked)
 
 

@@ -34,12 +34,22 @@ def bytes_of(array: jax.Array | jax.ShapeDtypeStruct) -> int:
     return array.size * array.dtype.itemsize
 
 
-def bounds_of(refs: Refs, plan: Plan, batch: Any, query_block: Any, chunk: Any) -> tuple[Any, Any]:
-    """First and end of the key blocks of this chunk that this block of queries sees."""
+def _bounds(refs: Refs, plan: Plan, batch: Any, query_block: Any) -> tuple[Any, Any]:
     shared = refs["bounds"].shape[0] == 2 * plan.query_blocks
     at = 2 * ((0 if shared else batch * plan.query_blocks) + query_block)
-    first = jnp.maximum(refs["bounds"][at], chunk * plan.blocks_per_chunk)
-    return first, jnp.minimum(refs["bounds"][at + 1], (chunk + 1) * plan.blocks_per_chunk)
+    return refs["bounds"][at], refs["bounds"][at + 1]
+
+
+def bounds_of(refs: Refs, plan: Plan, batch: Any, query_block: Any, chunk: Any) -> tuple[Any, Any]:
+    """First and end of the key blocks of this chunk that this block of queries sees."""
+    first, end = _bounds(refs, plan, batch, query_block)
+    return jnp.maximum(first, chunk * plan.blocks_per_chunk), jnp.minimum(end, (chunk + 1) * plan.blocks_per_chunk)
+
+
+def sees_one_block(refs: Refs, plan: Plan, batch: Any, query_block: Any) -> Any:
+    """Whether this block of queries sees a single block of keys."""
+    first, end = _bounds(refs, plan, batch, query_block)
+    return end - first == 1
 
 
 def spec(block: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]], **kwargs: Any) -> pl.BlockSpec:
@@ -73,7 +83,7 @@ def call(
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            dimension_semantics=["parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))],
             vmem_limit_bytes=plan.vmem_bytes,
         ),
         cost_estimate=cost,
@@ -94,9 +104,7 @@ def prefetched_scalars(operands: Operands, plan: Plan, bounds: Any) -> dict[str,
     return {"bounds": jnp.asarray(bounds).reshape(-1), "scalars": scalars.reshape(-1)}
 
 
-def mask_inputs(
-    operands: Operands, plan: Plan, states: Any, index: Callable[..., tuple[Any, Any, Any, Any]]
-) -> Inputs:
+def mask_inputs(operands: Operands, plan: Plan, states: Any, index: Callable[..., tuple[Any, Any, Any, Any]]) -> Inputs:
     """Inputs that say which keys a query sees, and the bias; `index` maps grid indices to (batch, head, query block,
     chunk)."""
     inputs: Inputs = {}
@@ -125,12 +133,8 @@ def mask_inputs(
         def bias_at(*grid: Any) -> tuple[Any, ...]:
             return tuple(at if size > 1 else 0 for at, size in zip(index(*grid), shape, strict=True))
 
-        block = (None, None, min(shape[2], plan.block_q), min(shape[3], plan.chunk))
-        if shape[2] > 1:
-            block = (None, None, plan.block_q, block[3])
-        if shape[3] > 1:
-            block = (*block[:3], plan.chunk)
-        inputs["bias"] = (operands.bias, spec(block, bias_at))
+        tile = (None, None, plan.block_q if shape[2] > 1 else 1, plan.chunk if shape[3] > 1 else 1)
+        inputs["bias"] = (operands.bias, spec(tile, bias_at))
     return inputs
 
 
@@ -276,11 +280,7 @@ def _divide(numbers: jax.Array, divisor: int) -> jax.Array:
 
 def column_scratch(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """Scratch for `Tiles.prepare`."""
-    return {
-        f"{name}_column": pltpu.VMEM((plan.block_q, LANES), jnp.int32)
-        for name in _UPRIGHT
-        if name in inputs
-    }
+    return {f"{name}_column": pltpu.VMEM((plan.block_q, LANES), jnp.int32) for name in _UPRIGHT if name in inputs}
 
 
 def concatenate(tiles: list[jax.Array], dtype: Any) -> jax.Array:
