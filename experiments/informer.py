@@ -186,8 +186,8 @@ def load_series(config: Config) -> Series:
 
 
 def cut(series: Series, model: InformerConfig, config: Config) -> ForecastData:
-    """The windows of a network's lengths."""
-    return forecast_windows(
+    """The windows of a network's lengths. Raises ValueError where the series does not have the network's channels."""
+    data = forecast_windows(
         series,
         seq_len=model.seq_len,
         label_len=model.label_len,
@@ -197,6 +197,12 @@ def cut(series: Series, model: InformerConfig, config: Config) -> ForecastData:
         marks="continuous" if model.embed == "timeF" else "categorical",
         inverse=config.inverse,
     )
+    if model.enc_in != len(data.columns):
+        raise ValueError(
+            f"{config.data} with features {model.features!r} has {len(data.columns)} columns: set model.enc_in, "
+            f"model.dec_in and model.c_out to match, got enc_in {model.enc_in}"
+        )
+    return data
 
 
 def network_batches(windows: Windows, model: InformerConfig, config: Config, seed: int | None) -> grain.MapDataset:

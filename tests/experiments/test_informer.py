@@ -106,6 +106,12 @@ def test_wrong_configs_say_so(options, message):
         dataclasses.replace(SMOKE, **options)
 
 
+def test_data_of_other_channels_says_so(tmp_path):
+    model = dataclasses.replace(SMOKE.model, enc_in=7)
+    with pytest.raises(ValueError, match=r"traffic with features 'M' has 3 columns: set model\.enc_in"):
+        informer.run(dataclasses.replace(SMOKE, model=model), tmp_path)
+
+
 def test_data_that_is_not_there_says_so(tmp_path):
     with pytest.raises(ValueError, match="ETTh1 is not part of the zoo: give --data-dir"):
         informer.run(dataclasses.replace(SMOKE, data="ETTh1"), tmp_path)
