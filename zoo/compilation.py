@@ -593,49 +593,54 @@ def compile_model(
       ValueError: unknown id, target or option; a batch that the mesh does not divide; a model without a loss.
       CompilerMissingError, DeviceMemoryError: as of `compile_for`.
     """
-    entry = registry.model(id)
-    target = get_target(target)
-    axes = train.sharding.MESH_AXES
-    if not 1 <= len(mesh) <= len(axes):
-        raise ValueError(f"a mesh has 1 to {len(axes)} axes ({', '.join(axes)}), got {mesh}")
-    sizes = dict(zip(axes, {1: (1, *mesh, 1), 2: (1, *mesh), 3: mesh}[len(mesh)], strict=True))
-    parts = math.prod(sizes[axis] for axis in train.sharding.BATCH_AXES)
-    if batch_size < 1 or batch_size % parts:
-        raise ValueError(
-            f"batch_size must be a multiple of the {parts} parts of the batch in mesh {mesh}, got {batch_size}"
+    with _environment(**_NO_CUDNN):  # backends start with the first shape that is evaluated
+        entry = registry.model(id)
+        target = get_target(target)
+        axes = train.sharding.MESH_AXES
+        if not 1 <= len(mesh) <= len(axes):
+            raise ValueError(f"a mesh has 1 to {len(axes)} axes ({', '.join(axes)}), got {mesh}")
+        sizes = dict(zip(axes, {1: (1, *mesh, 1), 2: (1, *mesh), 3: mesh}[len(mesh)], strict=True))
+        parts = math.prod(sizes[axis] for axis in train.sharding.BATCH_AXES)
+        if batch_size < 1 or batch_size % parts:
+            raise ValueError(
+                f"batch_size must be a multiple of the {parts} parts of the batch in mesh {mesh}, got {batch_size}"
+            )
+        if training and entry.loss is None:
+            raise ValueError(f"{id} has no training loss to compile")
+        module = entry.build(overrides)
+        inputs = entry.example_inputs(module.config, batch_size)
+        device_mesh = make_mesh(target, sizes)
+        batch_spec = PartitionSpec(train.sharding.BATCH_AXES)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        optimizer = train.build_optimizer(train.OptimizerConfig(name="adam"), total_steps=1)
+
+        def create(key: jax.Array) -> train.TrainState:
+            return train.create_state(lambda rng: module.init(rng, **inputs), optimizer, key)
+
+        state = jax.eval_shape(create, key)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        shardings = train.sharding.state_shardings(state, device_mesh)
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            nn.unbox(state),
+            shardings,
         )
-    if training and entry.loss is None:
-        raise ValueError(f"{id} has no training loss to compile")
-    module = entry.build(overrides)
-    inputs = entry.example_inputs(module.config, batch_size)
-    device_mesh = make_mesh(target, sizes)
-    batch_spec = PartitionSpec(train.sharding.BATCH_AXES)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    optimizer = train.build_optimizer(train.OptimizerConfig(name="adam"), total_steps=1)
+        if training:
+            batch = inputs | (entry.example_targets(module.config, batch_size) if entry.example_targets else {})
+            step = train.make_train_step(entry.loss(module), optimizer, state, rng_streams=("dropout", "sample"))
+            arguments = (state, batch)
+        else:
 
-    def create(key: jax.Array) -> train.TrainState:
-        return train.create_state(lambda rng: module.init(rng, **inputs), optimizer, key)
+            def step(variables: Any, inputs: Any, key: jax.Array) -> Any:
+                return module.apply(variables, **inputs, rngs={"sample": key})
 
-    state = jax.eval_shape(create, key)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    shardings = train.sharding.state_shardings(state, device_mesh)
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(state),
-        shardings,
-    )
-    if training:
-        batch = inputs | (entry.example_targets(module.config, batch_size) if entry.example_targets else {})
-        step = train.make_train_step(entry.loss(module), optimizer, state, rng_streams=("dropout", "sample"))
-        arguments = (state, batch)
-    else:
-
-        def step(variables: Any, inputs: Any, key: jax.Array) -> Any:
-            return module.apply(variables, **inputs, rngs={"sample": key})
-
-        arguments = (state.evaluation_variables, inputs, state.rng)
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments[0])
-    compiled = compile_for(
-        target, step, *arguments, mesh=device_mesh, in_shardings=(specs, batch_spec, PartitionSpec())[: len(arguments)]
-    )
-    return report(compiled, parameters)
+            arguments = (state.evaluation_variables, inputs, state.rng)
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments[0])
+        compiled = compile_for(
+            target,
+            step,
+            *arguments,
+            mesh=device_mesh,
+            in_shardings=(specs, batch_spec, PartitionSpec())[: len(arguments)],
+        )
+        return report(compiled, parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,10 @@ class Dropout(nn.Module):
         if not train or self.rate == 0.0:
             return x
         seed = jax.random.bits(self.make_rng("dropout"), dtype=jnp.uint32)
-        rows = x.reshape(-1, x.shape[-1])
-        uniform = hash_uniform(
-            seed, jnp.uint32(0), jnp.arange(rows.shape[0])[:, None], jnp.arange(rows.shape[1])[None, :]
+        # The element's index, and not a coordinate an axis: one round of hashing is cheap to compute, and to compile.
+        strides = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
+        index = sum(
+            jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            for axis, stride in enumerate(strides)
         )
-        return jnp.where(uniform.reshape(x.shape) >= self.rate, x / (1 - self.rate), 0)
+        return jnp.where(hash_uniform(seed, jnp.asarray(index)) >= self.rate, x / (1 - self.rate), 0)
