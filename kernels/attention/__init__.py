@@ -88,7 +88,7 @@ def attention(
     if implementation == "reference":  # the definition is differentiated by JAX itself
         out, logsumexp = reference.forward(operands, options)
     else:
-        out, logsumexp = _attention(operands, options, implementation)
+        out, logsumexp = _jitted(operands, options, implementation)
     return (out, logsumexp) if return_logsumexp else out
 
 
@@ -126,3 +126,5 @@ def _backward(
 
 
 _attention.defvjp(_forward, _backward)
+# Within a program too: a network's layers then trace every platform's kernel once, not each.
+_jitted = jax.jit(_attention, static_argnums=(1, 2))

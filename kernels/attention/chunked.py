@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention.operands import Operands, Options, visible
+from kernels.attention.reference import softmax
 from kernels.common import NEGATIVE_INFINITY, hash_uniform
 
 _TILE_ELEMENTS = 2**19  # logits in a tile: 2 MiB, about a core's level-2 cache
@@ -196,6 +197,8 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     """As `reference.forward`, in memory linear in the lengths."""
     batch, queries, heads, _ = operands.query.shape
     key_heads, value_width = operands.value.shape[2:]
+    if queries == 1:
+        return _one_query(operands, options)
     group = heads // key_heads
     spans = _spans(operands, options)
 
@@ -232,6 +235,28 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     out = out.reshape(batch, key_heads, queries, group, value_width).swapaxes(1, 2)
     logsumexp = jnp.moveaxis(logsumexp.reshape(batch, key_heads, queries, group), 2, 3)
     return out.reshape(batch, queries, heads, value_width), logsumexp.reshape(batch, heads, queries)
+
+
+def _one_query(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """A step of decoding, as by definition, but for how the cache is read.
+
+    One head's keys lie scattered in (S, G, D), and copying them costs more than all arithmetic. So all heads at once
+    multiply the cache as it lies, a matrix (S, G D), with their queries on the diagonal of zeros (G D, H).
+    """
+    batch, _, heads, width = operands.query.shape
+    keys, key_heads, value_width = operands.value.shape[1:]
+    group = heads // key_heads
+    diagonal = jnp.eye(key_heads)
+    query = options.scale * operands.query.astype(jnp.float32).reshape(batch, key_heads, group, width)
+    spread = jnp.einsum("bgrd,gk->bgrkd", query, diagonal, precision="highest").reshape(batch, heads, -1)
+    cache = operands.key.reshape(batch, keys, -1).astype(jnp.float32)
+    logits = jnp.stack([_dot(x, y, (1, 1)) for x, y in zip(spread, cache, strict=True)])
+    weights, logsumexp = softmax(logits[:, :, None], operands, options)
+    cache = operands.value.reshape(batch, keys, -1).astype(jnp.float32)
+    out = jnp.stack([_dot(x, y, (1, 0)) for x, y in zip(weights[:, :, 0], cache, strict=True)])
+    out = out.reshape(batch, key_heads, group, key_heads, value_width)
+    out = jnp.einsum("bgrkd,gk->bgrd", out, diagonal, precision="highest")
+    return out.reshape(batch, 1, heads, value_width).astype(operands.query.dtype), logsumexp
 
 
 def backward(

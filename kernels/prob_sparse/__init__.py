@@ -13,6 +13,7 @@ active rows is `kernels.attention`. With U and u of order ln L, operations grow 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +24,12 @@ from kernels.attention import attention
 from kernels.common import NEGATIVE_INFINITY, Implementation, by_platform, check_implementation
 from kernels.prob_sparse import chunked, gpu, reference, tpu
 
-_MEASURE = {"reference": reference.measure, "chunked": chunked.measure, "tpu": tpu.measure, "gpu": gpu.measure}
+_MEASURE: Mapping[str, Callable[..., jax.Array]] = {
+    "reference": reference.measure,
+    "chunked": chunked.measure,
+    "tpu": tpu.measure,
+    "gpu": gpu.measure,
+}
 
 
 class ProbSparseOutput(NamedTuple):

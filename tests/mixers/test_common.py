@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.mixers.cases import CASES, FEATURES, LENGTH, Case
+from tests.parameters import random_parameters
 from zoo import mixers
 
 PIECES = (1, 5)  # numbers of tokens of one call: each is compiled once
@@ -32,13 +33,7 @@ def tokens(seed: int = 0, batch: int = 2, length: int = LENGTH) -> jax.Array:
 
 @cache
 def parameters(case: Case):
-    """Random everywhere: initial biases and gains would hide mistakes."""
-    variables = nn.meta.unbox(jax.jit(make(case).init)(jax.random.key(1), tokens()))
-    leaves, structure = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return structure.unflatten(
-        [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    )
+    return random_parameters(make(case), tokens())
 
 
 @cache

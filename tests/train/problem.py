@@ -6,6 +6,7 @@ It is also the program that the tests kill: `train_to_the_end` is the main funct
 import dataclasses
 import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import pathlib
 import time
@@ -35,7 +36,7 @@ class Network(nn.Module):
         x = dense(8, (None, "embed"), **options)(x)
         if self.batch_norm:
             x = nn.BatchNorm(use_running_average=deterministic, **options)(x)
-        x = nn.gelu(dense(16, ("embed", "mlp"), **options)(x))
+        x = nn.gelu(dense(64, ("embed", "mlp"), **options)(x))
         x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
         return dense(1, ("mlp", None), **options)(x)
 
@@ -71,7 +72,7 @@ def batches(seed=0, batch_size=16, transform=lambda batch: batch):
 @dataclasses.dataclass(frozen=True)
 class Config:
     fit: train.FitConfig = train.FitConfig(
-        steps=40, log_every=3, evaluate_every=8, checkpoint_every=5, best_metric="loss"
+        steps=32, log_every=3, evaluate_every=8, checkpoint_every=10, best_metric="loss"
     )
     optimizer: train.OptimizerConfig = train.OptimizerConfig(
         learning_rate=1e-2, schedule="cosine", warmup_steps=3, weight_decay=0.1, clip_norm=1.0, ema_decay=0.9
@@ -96,21 +97,18 @@ class Setup:
 
 
 @functools.cache
-def compiled(optimizer_config, mesh_config, total_steps, network):
-    """Everything but the state, for all tests once."""
+def compiled(optimizer_config, mesh_config, total_steps, seed, network):
+    """Made once for all tests."""
     mesh = train.make_mesh(mesh_config)
     optimizer = train.build_optimizer(optimizer_config, total_steps)
-    state = train.init_sharded(initializer(network), optimizer, jax.random.key(0), mesh)
+    state = train.init_sharded(initializer(network), optimizer, jax.random.key(seed), mesh)
     loss_fn = make_loss(network)
-    step, evaluation_step = train.make_train_step(loss_fn, optimizer, state), train.make_evaluation_step(loss_fn)
-    return optimizer, mesh, step, evaluation_step
+    return Setup(train.make_train_step(loss_fn, optimizer, state), train.make_evaluation_step(loss_fn), state, mesh)
 
 
 def setup(config, network=Network()):
-    total_steps = config.fit.steps or 100
-    optimizer, mesh, step, evaluation_step = compiled(config.optimizer, config.mesh, total_steps, network)
-    state = train.init_sharded(initializer(network), optimizer, jax.random.key(config.seed), mesh)
-    return Setup(step, evaluation_step, state, mesh)
+    made = compiled(config.optimizer, config.mesh, config.fit.steps or 100, config.seed, network)
+    return dataclasses.replace(made, state=jax.tree.map(jnp.copy, made.state))  # a step uses its state up
 
 
 def fit(folder, config=Config(), resume=False, transform=lambda batch: batch, step=None, evaluate=None, figures=None):
@@ -157,6 +155,8 @@ def train_to_the_end(folder, config, started=None, environment=None):
     """
     os.environ.update(environment or {})
     train.initialize_distributed()
+    # A script does this as it exits; children of multiprocessing skip what was registered with atexit.
+    multiprocessing.util.Finalize(None, jax.distributed.shutdown, exitpriority=1)
 
     made = setup(config, Network(config.dropout_rate))
 

@@ -50,7 +50,7 @@ def join(children):
 
 
 @pytest.mark.parametrize(
-    "mesh", [train.MeshConfig(data=2, fsdp=2), train.MeshConfig(data=1, fsdp=2, tensor=2)], ids=["fsdp", "tensor"]
+    "mesh", [train.MeshConfig(data=1, fsdp=2, tensor=2), pytest.param(train.MeshConfig(), marks=pytest.mark.slow)]
 )
 def test_two_processes_give_the_result_of_one(tmp_path, mesh):
     single = problem.fit(tmp_path / "single", CONFIG)

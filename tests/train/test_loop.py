@@ -48,7 +48,7 @@ def test_loop_applies_the_step_to_the_batches_in_order(finished):
     _, result = finished
     made = problem.setup(CONFIG)
     state = made.state
-    for index in range(40):
+    for index in range(32):
         state, _ = made.step(state, train.shard_batch(problem.batches()[index], made.mesh))
     assert problem.bits(state) == problem.bits(result.state)
 
@@ -57,14 +57,14 @@ def test_rows_are_means_over_the_steps_between(finished):
     folder, _ = finished
     made = problem.setup(CONFIG)
     state, losses = made.state, []
-    for index in range(40):
+    for index in range(32):
         state, metrics = made.step(state, train.shard_batch(problem.batches()[index], made.mesh))
         losses.append(float(metrics["loss"]))
     table = rows(folder, "train")
-    assert [int(row["step"]) for row in table] == [*range(3, 40, 3), 40]
-    assert [float(row["loss"]) for row in table] == [np.mean(losses[i : i + 3]) for i in range(0, 40, 3)]
+    assert [int(row["step"]) for row in table] == [*range(3, 32, 3), 32]
+    assert [float(row["loss"]) for row in table] == [np.mean(losses[i : i + 3]) for i in range(0, 32, 3)]
     assert set(table[0]) == {"step", "loss", "mae", "gradient_norm", "learning_rate"}
-    assert [int(row["step"]) for row in rows(folder, "evaluation")] == [8, 16, 24, 32, 40]
+    assert [int(row["step"]) for row in rows(folder, "evaluation")] == [8, 16, 24, 32]
 
 
 def test_training_lowers_the_loss_and_reports_the_best_state(finished):
@@ -79,7 +79,7 @@ def test_training_lowers_the_loss_and_reports_the_best_state(finished):
 def test_run_leaves_events_and_checkpoints(finished):
     folder, _ = finished
     assert list((folder / "tensorboard").glob("events*"))
-    assert (folder / "checkpoints" / "40").is_dir() and (folder / "config.json").exists()
+    assert (folder / "checkpoints" / "32").is_dir() and (folder / "config.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -162,7 +162,7 @@ def test_non_finite_loss_stops_with_the_step_and_the_batch(tmp_path):
     assert sorted(path.name for path in (tmp_path / "non_finite").iterdir()) == ["step_7.npz"]
     # The rows before it are there, and resuming after the data was repaired continues.
     assert [int(row["step"]) for row in rows(tmp_path, "train")] == [3, 6]
-    assert problem.fit(tmp_path, resume=True).state.step == 40
+    assert problem.fit(tmp_path, resume=True).state.step == 32
 
 
 def test_figures_are_written_at_evaluations(tmp_path):
@@ -221,7 +221,7 @@ def test_wrong_fields_are_named(fields, message):
         ),
         (
             grain.MapDataset.source(problem.examples()).batch(16), {}, {},
-            ValueError, "the data ended after 6 of 40 steps: repeat it",
+            ValueError, "the data ended after 6 of 32 steps: repeat it",
         ),
     ],
 )  # fmt: skip
@@ -257,7 +257,7 @@ def test_metrics_are_read_late(tmp_path):
         watched.number = started[0]
         return state, watched
 
-    config = config_with(evaluate_every=40, checkpoint_every=None)
+    config = config_with(evaluate_every=32, checkpoint_every=None)
     run = train.open_run(tmp_path, config)
     train.fit(step, made.state, problem.batches(), config.fit, run, mesh=made.mesh, evaluate=made.evaluate)
-    assert lags == [4] * 36 + [3, 2, 1, 0]
+    assert lags == [4] * 28 + [3, 2, 1, 0]

@@ -4,7 +4,6 @@ import json
 import pytest
 
 from zoo.train import open_run
-from zoo.train.run import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +50,3 @@ def test_force_removes_the_run_and_nothing_else(tmp_path):
 def test_resume_and_force_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match="give one of them"):
         open_run(tmp_path, Config(), resume=True, force=True)
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path):
-    file = tmp_path / "result.json"
-    file.write_text("old")
-
-    def write(temporary):
-        temporary.write_text("half of the n")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(file, write)
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"] and file.read_text() == "old"

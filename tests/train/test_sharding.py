@@ -100,7 +100,7 @@ def test_specs_cut_evenly_and_use_an_axis_once(names, lengths, mesh):
 
 
 def test_unknown_logical_axis_is_named():
-    with pytest.raises(ValueError, match="unknown logical axis 'embedd': expected one of"):
+    with pytest.raises(ValueError, match="unknown logical axis 'embedd'; did you mean 'embed'"):
         partition_spec(["embedd"], [4], train.make_mesh())
 
 

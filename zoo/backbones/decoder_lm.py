@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo import mixers
-from zoo.backbones.transformer import TransformerConfig, make_blocks
+from zoo.backbones.transformer import TransformerConfig, check_positive, make_blocks
 from zoo.layers.partitioning import dense, partitioned
 from zoo.layers.rotary import Rotary
 
@@ -48,7 +48,8 @@ class DecoderConfig(TransformerConfig):
 
     Fields beside those of `TransformerConfig`:
       vocab_size: number of token ids.
-      max_length: the most tokens of a sequence, past included; also the rows of a learned table of positions.
+      max_length: the most tokens of a sequence, past included, and the rows of a learned table of positions; None is
+        no bound.
       positions: "learned", "rotary" or "none".
       tie_embeddings: the head's matrix is the embedding's.
       embedding_scale: factor of the embeddings (Gemma: sqrt(features)).
@@ -81,7 +82,7 @@ class DecoderConfig(TransformerConfig):
     }  # fmt: skip
 
     vocab_size: int
-    max_length: int
+    max_length: int | None = None
     norm_epsilon: float = 1e-5
     positions: str = "rotary"
     tie_embeddings: bool = True
@@ -91,11 +92,9 @@ class DecoderConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("vocab_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            raise ValueError(f"logit_softcap must be None or positive, got {self.logit_softcap}")
+        check_positive(self, "vocab_size", "max_length", "logit_softcap")
+        if self.positions == "learned" and self.max_length is None:
+            raise ValueError("learned positions need max_length, the rows of their table")
 
     @property
     def out_init(self) -> Callable:
@@ -188,8 +187,7 @@ class DecoderLM(nn.Module):
         length = positions.max(axis=1) + 1
         if state is not None:
             length = jnp.maximum(state.length, length)
-        if not isinstance(length, jax.core.Tracer) and int(length.max()) > config.max_length:
-            raise ValueError(f"{int(length.max())} tokens, past included, are more than max_length {config.max_length}")
+        _check_length(config, length)
 
         x = self.embed(tokens) * config.embedding_scale
         if config.positions == "learned":
@@ -223,7 +221,7 @@ class DecoderLM(nn.Module):
           ValueError: `length` is more than max_length, or a size not positive.
         """
         config = self.config
-        if length > config.max_length:
+        if config.max_length is not None and length > config.max_length:
             raise ValueError(f"a state of {length} tokens is longer than max_length {config.max_length}")
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype, "parent": None}
         stack = [config.make_mixer(layer, **options) for layer in range(config.layers)]
@@ -237,7 +235,7 @@ def _check(config: DecoderConfig, tokens: jax.Array, state: DecoderState | None,
         raise ValueError(f"tokens must be (batch, time) and not empty, got shape {tokens.shape}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
-    if tokens.shape[1] > config.max_length:
+    if config.max_length is not None and tokens.shape[1] > config.max_length:
         raise ValueError(f"{tokens.shape[1]} tokens are more than max_length {config.max_length}")
     if valid is not None and (valid.shape != tokens.shape or valid.dtype != jnp.bool_):
         raise ValueError(f"valid must be bool (batch, time) = {tokens.shape}, got {valid.dtype} {valid.shape}")
@@ -250,3 +248,10 @@ def _check(config: DecoderConfig, tokens: jax.Array, state: DecoderState | None,
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens must be in 0 .. {config.vocab_size - 1}, got {low} .. {high}")
+
+
+def _check_length(config: DecoderConfig, length: jax.Array) -> None:
+    if config.max_length is None or isinstance(length, jax.core.Tracer):
+        return
+    if int(length.max()) > config.max_length:
+        raise ValueError(f"{int(length.max())} tokens, past included, are more than max_length {config.max_length}")

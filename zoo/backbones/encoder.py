@@ -54,6 +54,8 @@ class Encoder(nn.Module):
         features = self.config.features
         if x.ndim != 3 or x.shape[-1] != features:
             raise ValueError(f"x must be (batch, time, features = {features}), got {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"x must be floating point, got {x.dtype}")
         for block in self.layer:
             x, _ = block(x, None, valid, deterministic)
         return self.norm(x) if self.config.norm_position == "pre" else x

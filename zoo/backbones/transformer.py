@@ -1,4 +1,4 @@
-"""The residual block that decoders, encoders and vision Transformers repeat, and the part of a config that describes it."""
+"""The residual block that decoders, encoders and vision Transformers repeat, and the config that describes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TransformerConfig:
       features: width of the residual stream.
       layers: number of blocks.
       heads, key_heads, head_dim, window, qkv_bias, out_bias: of mixers that have them, as in `zoo.mixers.softmax`.
-      mlp_features: width inside the MLP.
+      mlp_features: width inside the MLP; None is 4 features.
       mlp: its kind, a name of `zoo.layers.mlp`.
       mlp_bias: of its projections.
       norm: "layer" or "rms".
@@ -58,7 +58,7 @@ class TransformerConfig:
     features: int
     layers: int
     heads: int
-    mlp_features: int
+    mlp_features: int | None = None
     key_heads: int | None = None
     head_dim: int | None = None
     mlp: str = "gelu"
@@ -67,10 +67,10 @@ class TransformerConfig:
     norm_epsilon: float = 1e-6
     norm_position: NormPosition = "pre"
     positions: str = "none"
-    rotary: Rotary = Rotary()
+    rotary: Rotary = dataclasses.field(default_factory=Rotary)
     qkv_bias: bool = True
     out_bias: bool = True
-    window: int | None | tuple[int | None, ...] = None
+    window: int | tuple[int | None, ...] | None = None
     mixer: str | tuple[str, ...] = "softmax"
     mixer_options: Mapping[str, Any] | tuple[Mapping[str, Any], ...] = FrozenDict()
     causal: bool = False
@@ -94,9 +94,7 @@ class TransformerConfig:
         options = self.mixer_options
         frozen = tuple(map(FrozenDict, options)) if isinstance(options, tuple) else FrozenDict(options)
         object.__setattr__(self, "mixer_options", frozen)
-        for name in ("features", "layers", "heads", "mlp_features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "features", "layers", "heads", "mlp_features")
         for name in ("dropout", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -146,6 +144,14 @@ class TransformerConfig:
         return norm(self.norm, epsilon=self.norm_epsilon, **options)
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a field that is neither positive nor None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
 def _of_layer(choice: Any, layer: int) -> Any:
     return choice[layer % len(choice)] if isinstance(choice, tuple) else choice
 
@@ -174,7 +180,7 @@ class Block(nn.Module):
         mixer = config.make_mixer(self.layer, name="mixer", **options)
         norm2 = config.make_norm(name="norm2", **options)
         mlp = MLP(
-            config.mlp_features, config.mlp, config.mlp_bias,
+            config.mlp_features or 4 * config.features, config.mlp, config.mlp_bias,
             kernel_init=config.kernel_init, out_init=config.out_init, name="mlp", **options,
         )  # fmt: skip
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo.backbones.encoder import Encoder, EncoderConfig
+from zoo.backbones.transformer import check_positive
 from zoo.errors import unknown
 from zoo.layers.partitioning import dense, partitioned
 from zoo.layers.patches import PatchEmbedding
@@ -60,8 +61,7 @@ class ViTConfig(EncoderConfig):
             raise ValueError(f"image_size {self.image_size} does not divide into patches of {self.patch}")
         if self.positions == "sinusoid" and self.features % 4:
             raise ValueError(f"sinusoid positions need features that are a multiple of 4, got {self.features}")
-        if self.classes is not None and self.classes < 1:
-            raise ValueError(f"classes must be None or positive, got {self.classes}")
+        check_positive(self, "classes", "channels")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class ViT(nn.Module):
         if config.positions == "learned":
             x = x + resize_grid(self.position_table[:, special:], config.grid, grid).astype(x.dtype)
         elif config.positions == "sinusoid":
-            x = x + jnp.asarray(sinusoid_grid(*grid, config.features), x.dtype)
+            x = x + jnp.asarray(sinusoid_grid(grid[0], grid[1], config.features), x.dtype)
         if special:
             token = self.class_token
             if config.positions == "learned":

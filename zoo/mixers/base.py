@@ -97,7 +97,7 @@ class Mixer(nn.Module):
 
 
 def token_positions(
-    shape: tuple[int, int], valid: jax.Array | None = None, start: jax.Array | None = None
+    shape: tuple[int, ...], valid: jax.Array | None = None, start: jax.Array | None = None
 ) -> jax.Array:
     """int32 (batch or 1, time): the number of valid tokens before each, or -1 for padding.
 

@@ -39,7 +39,7 @@ def empty(batch_size: int, length: int, window: int | None, heads: int, head_dim
 
 def append(
     cache: KeyValueCache, key: jax.Array, value: jax.Array, positions: jax.Array, window: int | None
-) -> tuple[KeyValueCache, jax.Array, jax.Array, dict[str, jax.Array]]:
+) -> tuple[KeyValueCache, jax.Array, jax.Array, dict[str, Any]]:
     """Stores new tokens, and says what their queries have to attend to, and how.
 
     Args:

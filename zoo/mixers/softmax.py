@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -23,8 +24,8 @@ class SoftmaxAttention(Mixer):
     Its state is a `zoo.mixers.cache.KeyValueCache`: `length` slots, or `window` if that is less. A cache without a
     window must not be overfilled: ValueError where that is known before compilation, wrong outputs within `jit`.
 
-    For probes (`flax.linen.intercept_methods`): the submodules `query`, `key`, `value` give the projections, `out` takes
-    the heads' outputs, and the method `attend` takes rotated queries and keys.
+    For probes (`flax.linen.intercept_methods`): the submodules `query`, `key`, `value` give the projections, the method
+    `attend` takes queries and keys as they are compared and gives the heads' outputs, `out` takes these.
 
     Fields beside those of `Mixer`:
       heads: query heads.
@@ -98,6 +99,7 @@ class SoftmaxAttention(Mixer):
         self.check(x, state, valid)
         shape = x.shape[:2]
         query = self.query(x).reshape(*shape, self.heads, -1)
+        dtype = query.dtype
         key = self.key(x).reshape(*shape, self._key_heads, -1)
         value = self.value(x).reshape(*shape, self._key_heads, -1)
         if self.qk_norm is not None:
@@ -120,11 +122,11 @@ class SoftmaxAttention(Mixer):
         else:
             mask = {}
         heads = self.attend(query, key, value, mask, deterministic=deterministic)
-        y = self.out(heads.reshape(*shape, -1))
+        y = self.out(heads.reshape(*shape, -1).astype(dtype))
         return (y if valid is None else jnp.where(valid[..., None], y, 0)), state
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: dict[str, jax.Array], *, deterministic: bool
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: dict[str, Any], *, deterministic: bool
     ) -> jax.Array:
         """Queries (batch, time, heads, head_dim) over keys and values to the heads' outputs, like the queries.
 
@@ -134,7 +136,7 @@ class SoftmaxAttention(Mixer):
         if self.window is not None:
             window = (self.window - 1, 0 if self.causal else self.window - 1)
         dropout = 0.0 if deterministic else self.dropout
-        return attention(
+        out = attention(
             query,
             key,
             value,
@@ -147,6 +149,7 @@ class SoftmaxAttention(Mixer):
             dropout_rng=self.make_rng("dropout") if dropout > 0 else None,
             **mask,
         )
+        return cast(jax.Array, out)
 
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> cache.KeyValueCache:

@@ -11,6 +11,8 @@ from typing import Any
 import grain
 import grain.checkpoint
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from zoo.train.state import TrainState
@@ -49,6 +51,7 @@ class Checkpoints:
                 "state": ocp.StandardCheckpointHandler(),
                 "data": grain.checkpoint.CheckpointHandler(),
                 "progress": ocp.JsonCheckpointHandler(),
+                "checksums": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -66,6 +69,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             data=grain.checkpoint.CheckpointSave(iterator),
             progress=ocp.args.JsonSave(progress),
+            checksums=ocp.args.JsonSave(_checksums(state)),
         )
         self._manager.save(step, args=arguments, force=True)
 
@@ -85,13 +89,10 @@ class Checkpoints:
         """
         damaged: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            arguments = ocp.args.Composite(
-                state=ocp.args.StandardRestore(_abstract(state)),
-                data=grain.checkpoint.CheckpointRestore(iterator),
-                progress=ocp.args.JsonRestore(),
-            )
             try:
-                restored = self._manager.restore(step, args=arguments)
+                restored = self._read(
+                    step, state, data=grain.checkpoint.CheckpointRestore(iterator), progress=ocp.args.JsonRestore()
+                )
             except Exception as error:  # damage shows as whatever the reader happens to raise
                 if jax.process_count() > 1:
                     raise CheckpointError(f"checkpoint {step} cannot be read: {error}") from error
@@ -118,8 +119,17 @@ class Checkpoints:
     def restore_state(self, step: int, state: TrainState) -> TrainState:
         """The state of one step, e.g. the best; `state` as for `restore`."""
         self._manager.wait_until_finished()
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(state)))
-        return self._manager.restore(step, args=arguments)["state"]
+        return self._read(step, state)["state"]
+
+    def _read(self, step: int, state: TrainState, **arguments: Any) -> Any:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        arguments |= {"state": ocp.args.StandardRestore(abstract), "checksums": ocp.args.JsonRestore()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        checksums = _checksums(restored["state"])
+        wrong = [name for name, checksum in restored["checksums"].items() if checksums.get(name) != checksum]
+        if wrong:
+            raise CheckpointError(f"{', '.join(wrong)} are not what was saved")
+        return restored
 
     def close(self) -> None:
         """Waits for the last write; raises what went wrong in it."""
@@ -127,5 +137,22 @@ class Checkpoints:
         self._manager.close()
 
 
-def _abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+def _checksums(state: TrainState) -> dict[str, int]:
+    """The sum, modulo 2**32, of every array's words: the same however it is sharded, another if a bit differs.
+
+    Orbax's index is protected, the arrays' own bytes are not.
+    """
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(state)]
+    return dict(zip(names, np.asarray(_word_sums(state)).tolist(), strict=True))
+
+
+@jax.jit
+def _word_sums(state: TrainState) -> jax.Array:
+    def words(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if leaf.dtype == bool:
+            return leaf.astype(jnp.uint32)
+        return leaf.view(f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+
+    return jnp.stack([jnp.sum(words(leaf), dtype=jnp.uint32) for leaf in jax.tree.leaves(state)])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import rich.console
 import rich.progress
 
-from zoo.train.run import write_atomically
+from zoo.files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,8 @@ class MetricWriter:
         if len(kept) < 2:
             file.unlink()
             return
-        write_atomically(file, lambda temporary: temporary.write_text("".join(kept)))
+        with atomic(file) as temporary:
+            temporary.write_text("".join(kept))
         self._columns[file.stem] = next(csv.reader(kept))
 
     def write(self, table: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -74,7 +75,8 @@ class MetricWriter:
         Make them with `matplotlib.figure.Figure()`: no display and no global state.
         """
         for name, figure in figures.items():
-            write_atomically(self._path / "figures" / f"{name}.png", figure.savefig)
+            with atomic(self._path / "figures" / f"{name}.png") as temporary:
+                figure.savefig(temporary)
             self._events.add_figure(name, figure, step, close=False)
 
     def flush(self) -> None:

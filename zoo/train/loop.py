@@ -17,10 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from zoo.files import atomic
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.logs import MetricWriter, ProgressDisplay
 from zoo.train.metrics import MeanAccumulator
-from zoo.train.run import Run, write_atomically
+from zoo.train.run import Run
 from zoo.train.sharding import shard_batch
 from zoo.train.state import PyTree, TrainState
 
@@ -278,7 +279,8 @@ def _non_finite(path: pathlib.Path, step: int, batch: PyTree, metrics: Mapping[s
         jax.tree_util.keystr(key, simple=True, separator="/") or "batch": np.asarray(leaf)
         for key, leaf in jax.tree.leaves_with_path(batch)
     }
-    write_atomically(file, lambda temporary: np.savez(temporary, **arrays))  # type: ignore[arg-type]
+    with atomic(file) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
     return NonFiniteError(
         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}. The update was not applied; "
         f"the batch is in {file}. --resume replays from the last checkpoint, to the same step."

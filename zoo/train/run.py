@@ -7,11 +7,13 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from zoo.files import atomic
 
 # All that a run leaves; `force` removes nothing else.
 _CONTENTS = ("config.json", "result.json", "metrics", "tensorboard", "figures", "checkpoints", "non_finite")
@@ -77,18 +79,5 @@ def _claim(path: pathlib.Path, config: dict, resume: bool, force: bool) -> None:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def write_atomically(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Calls `write` with a temporary path beside `path` (the same suffix), which then takes its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from zoo.errors import unknown
 from zoo.train.optimizer import Optimizer
 from zoo.train.state import PyTree, TrainState, create_state
 
@@ -82,7 +83,7 @@ def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
     spec: list[str | None] = []
     for name, length in zip(names, shape, strict=True):
         if name is not None and name not in RULES:
-            raise ValueError(f"unknown logical axis {name!r}: expected one of {sorted(RULES)} or None")
+            raise unknown("logical axis", name, RULES)
         axis = None if name is None else RULES[name]
         spec.append(axis if axis is not None and axis not in spec and length % mesh.shape[axis] == 0 else None)
     return PartitionSpec(*spec)
