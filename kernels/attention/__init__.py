@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import chunked, gpu, reference, tpu
-from kernels.attention.operands import Operands, Options, check
-from kernels.common import Implementation, by_platform, check_implementation
+from kernels.attention.operands import OUT_AXES, Operands, Options, axes, check
+from kernels.common import Implementation, by_platform, check_implementation, head_shards
 
 _FORWARD = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 _BACKWARD = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
@@ -77,19 +77,31 @@ def attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.ndim else 1.0
     options = Options(float(scale), bool(causal), window, logit_softcap, float(dropout_rate))
-    seed = None
+    seed = head_numbers = None
     if dropout_rate > 0 and dropout_rng is not None:
         seed = jax.random.bits(dropout_rng, dtype=jnp.uint32)
+        # An operand, so that a device with a part of the heads knows which: the mask is the same on any mesh.
+        batch, _, heads, _ = query.shape
+        head_numbers = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads)
     operands = Operands(
         query, key, value, bias, sinks, query_positions, key_positions, query_segment_ids, key_segment_ids,
-        prefix_lengths, key_lengths, seed,
+        prefix_lengths, key_lengths, seed, head_numbers,
     )  # fmt: skip
     check(operands, options)
     if implementation == "reference":  # the definition is differentiated by JAX itself
         out, logsumexp = reference.forward(operands, options)
     else:
-        out, logsumexp = _jitted(operands, options, implementation)
+        out, logsumexp = _jitted(_with_a_key_head_for_each_shard(operands), options, implementation)
     return (out, logsumexp) if return_logsumexp else out
+
+
+def _with_a_key_head_for_each_shard(operands: Operands) -> Operands:
+    # Where heads are cut into more parts than there are key heads, each device repeats the one it needs.
+    shards, (heads, key_heads) = head_shards(operands), (operands.query.shape[2], operands.key.shape[2])
+    if key_heads in (1, shards) or shards % key_heads or heads % shards:
+        return operands
+    key, value = (jnp.repeat(array, shards // key_heads, axis=2) for array in (operands.key, operands.value))
+    return operands._replace(key=key, value=value)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -97,8 +109,9 @@ def _attention(
     operands: Operands, options: Options, implementation: Implementation | None
 ) -> tuple[jax.Array, jax.Array]:
     return by_platform(
-        {name: partial(function, options=options) for name, function in _FORWARD.items()}, implementation, operands
-    )
+        {name: partial(function, options=options) for name, function in _FORWARD.items()},
+        implementation, operands, axes=(axes(operands),), out_axes=OUT_AXES,
+    )  # fmt: skip
 
 
 def _forward(
@@ -120,6 +133,7 @@ def _backward(
     gradients = by_platform(
         {name: partial(function, options=options) for name, function in _BACKWARD.items()},
         implementation, operands, out, logsumexp, *cotangents,
+        axes=(axes(operands), *OUT_AXES, *OUT_AXES), out_axes=axes(operands, gradients=True),
     )  # fmt: skip
     # Integer operands have no gradient: None stands for zero.
     return (gradients,)

@@ -41,6 +41,27 @@ class Operands(NamedTuple):
     prefix_lengths: jax.Array | None = None  # (B,) int32: keys at positions below it are seen in spite of causality
     key_lengths: jax.Array | None = None  # (B,) int32: keys at *indices* from it on do not exist (a cache's free slots)
     dropout_seed: jax.Array | None = None  # () uint32
+    dropout_heads: jax.Array | None = None  # (B, H) int32, with the seed: the heads' numbers, consecutive along H
+
+
+# Letters as of `kernels.common.by_platform`; an axis of length 1, shared by all, is "." instead.
+_AXES = Operands(
+    query="b.h.", key="b.h.", value="b.h.", bias="bh..", sinks="h", query_positions="b.", key_positions="b.",
+    query_segment_ids="b.", key_segment_ids="b.", prefix_lengths="b", key_lengths="b", dropout_seed="",
+    dropout_heads="bh",
+)  # fmt: skip
+OUT_AXES = ("b.h.", "bh.")  # of the output and the log-sum-exp
+
+
+def axes(operands: Operands, gradients: bool = False) -> Operands:
+    """Which axes of the arrays are batch and heads, for `kernels.common.by_platform`; or of the gradients alone."""
+
+    def letters(array: jax.Array | None, names: str) -> str | None:
+        if array is None or (gradients and not jnp.issubdtype(array.dtype, jnp.floating)):
+            return None
+        return "".join("." if length == 1 else name for length, name in zip(array.shape, names, strict=True))
+
+    return Operands(*map(letters, operands, _AXES))
 
 
 def visible(

@@ -110,7 +110,7 @@ def prob_sparse_attention(
     if sample_indices.ndim == 1:  # a matrix product: XLA's own on every platform
         measure = chunked.measure_shared(*operands, sample_indices)
     else:
-        measure = by_platform(_MEASURE, implementation, *operands, sample_indices)
+        measure = _measure(*operands, sample_indices, implementation)
     top = jax.lax.top_k(measure, queries)[1]
 
     # Each head has its own active queries, but attention's positions are per batch item: heads become batch items.
@@ -126,6 +126,15 @@ def prob_sparse_attention(
     )  # fmt: skip
     out = _overwrite_context(value, active.reshape(batch, heads, queries, -1), top, length, causal)
     return ProbSparseOutput(out, measure, top, logsumexp.reshape(batch, heads, queries))
+
+
+@partial(jax.jit, static_argnums=3)
+def _measure(
+    query: jax.Array, key: jax.Array, sample_indices: jax.Array, implementation: Implementation | None
+) -> jax.Array:
+    return by_platform(
+        _MEASURE, implementation, query, key, sample_indices, axes=("b.h.", "b.h.", ".."), out_axes="bh."
+    )
 
 
 def _rows(top: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
