@@ -39,7 +39,8 @@ def by_platform(
         at lowering, never by the host's devices: a program compiled ahead of time for a TPU holds the TPU kernel.
       *operands: pytrees of arrays.
       axes: for each operand the same pytree, an array replaced by a letter an axis: "b" batch, "h" heads, "." another.
-        What the functions compute must be independent along b and h, but for outputs without them, which are sums.
+        What the functions compute must be independent along b and h, but for outputs without them, which are sums. On
+        a mesh each device computes its part of both.
       out_axes: likewise of the outputs.
     """
 
@@ -59,7 +60,7 @@ def by_platform(
             *operands, **{platform: partial(function, interpret=False)}, default=partial(function, interpret=True)
         )
 
-    return _on_each_device(choose, operands, axes, out_axes)
+    return on_each_device(choose, operands, axes, out_axes)
 
 
 # XLA's partitioner cannot cut a Pallas kernel, nor a loop over heads: it gathers their operands, or gives up. So a core
@@ -69,7 +70,7 @@ def by_platform(
 # addresses: never found again, or found for another function.
 
 
-def auto_mesh(*operands: Any) -> AbstractMesh | None:
+def _auto_mesh(*operands: Any) -> AbstractMesh | None:
     """The mesh that the operands (pytrees of arrays) live on, if it has axes along which work is yet to be cut."""
     meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(operands)]
     for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
@@ -80,7 +81,7 @@ def auto_mesh(*operands: Any) -> AbstractMesh | None:
 
 def head_shards(*operands: Any) -> int:
     """The number of parts into which a mesh would cut the heads."""
-    mesh = auto_mesh(*operands)
+    mesh = _auto_mesh(*operands)
     return 1 if mesh is None else math.prod(_auto_axes(mesh).get(axis, 1) for axis in HEAD_AXES)
 
 
@@ -89,9 +90,12 @@ def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
 
 
-def _on_each_device(function: Callable[..., Any], operands: tuple[Any, ...], axes: Any, out_axes: Any) -> Any:
-    """`function` on every device's part of the operands; arguments as of `by_platform`."""
-    mesh = auto_mesh(operands)
+def on_each_device(function: Callable[..., Any], operands: tuple[Any, ...], axes: Any, out_axes: Any) -> Any:
+    """`function(*operands)`, on a mesh every device with its part of the operands; axes as of `by_platform`.
+
+    Outputs have the operands' cut. One without an axis b or h is summed over the devices that cut it (in float32).
+    """
+    mesh = _auto_mesh(operands)
     if mesh is None:
         return function(*operands)
     sizes = _auto_axes(mesh)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import chunked, gpu, reference, tpu
-from kernels.attention.operands import OUT_AXES, Operands, Options, axes, check
+from kernels.attention.operands import OUT_AXES, Operands, Options, axes, check, number_heads
 from kernels.common import Implementation, by_platform, check_implementation, head_shards
 
 _FORWARD = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
@@ -80,19 +80,23 @@ def attention(
     seed = head_numbers = None
     if dropout_rate > 0 and dropout_rng is not None:
         seed = jax.random.bits(dropout_rng, dtype=jnp.uint32)
-        # An operand, so that a device with a part of the heads knows which: the mask is the same on any mesh.
-        batch, _, heads, _ = query.shape
-        head_numbers = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads)
+        head_numbers = number_heads(query)
     operands = Operands(
         query, key, value, bias, sinks, query_positions, key_positions, query_segment_ids, key_segment_ids,
         prefix_lengths, key_lengths, seed, head_numbers,
     )  # fmt: skip
+    out, logsumexp = attention_of(operands, options, implementation)
+    return (out, logsumexp) if return_logsumexp else out
+
+
+def attention_of(
+    operands: Operands, options: Options, implementation: Implementation | None
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` for other cores, with its arguments sorted: output and log-sum-exp."""
     check(operands, options)
     if implementation == "reference":  # the definition is differentiated by JAX itself
-        out, logsumexp = reference.forward(operands, options)
-    else:
-        out, logsumexp = _jitted(_with_a_key_head_for_each_shard(operands), options, implementation)
-    return (out, logsumexp) if return_logsumexp else out
+        return reference.forward(operands, options)
+    return _jitted(_with_a_key_head_for_each_shard(operands), options, implementation)
 
 
 def _with_a_key_head_for_each_shard(operands: Operands) -> Operands:
