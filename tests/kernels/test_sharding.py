@@ -1,5 +1,6 @@
 """Cores on a mesh: the numbers of one device, and no operand moves."""
 
+import math
 import re
 from functools import partial
 
@@ -24,6 +25,7 @@ from zoo.train.sharding import BATCH_AXES
 # Of an array (batch, time, heads, dim).
 HEADS_CUT = PartitionSpec(BATCH_AXES, None, "tensor")
 HEADS_WHOLE = PartitionSpec(BATCH_AXES)
+COLLECTIVES = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
 
 
 def simulated(data, fsdp, tensor):
@@ -34,14 +36,10 @@ def moved(program):
     """(operation, elements of its largest array) of the collectives of a compiled program."""
     found = []
     for line in program.splitlines():
-        match = re.search(
-            r"= (.*?) (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)(?:-start)?\(", line
-        )
+        match = re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line)
         if match:
-            sizes = [
-                np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"\w\[([\d,]*)\]", match[1])
-            ]
-            found.append((match[2], int(max(sizes))))
+            shapes = re.findall(r"\w\[([\d,]*)\]", match[1])
+            found.append((match[2], max(math.prod(int(n) for n in dims.split(",") if n) for dims in shapes)))
     return found
 
 
@@ -49,10 +47,9 @@ def place(case, floats, others, mesh):
     """The arguments as a network's projections would leave them; what is small is everywhere."""
 
     def put(name, array):
-        heads = {"query": case.heads, "key": case.key_heads, "value": case.key_heads}.get(name)
         spec = PartitionSpec()
-        if heads is not None:
-            spec = HEADS_WHOLE if heads % mesh.shape["tensor"] else HEADS_CUT
+        if name in ("query", "key", "value") and case.batch % (mesh.size // mesh.shape["tensor"]) == 0:
+            spec = HEADS_WHOLE if array.shape[2] % mesh.shape["tensor"] else HEADS_CUT
         return jax.device_put(array, NamedSharding(mesh, spec))
 
     return [{name: put(name, array) for name, array in arrays.items()} for arrays in (floats, others)]
@@ -81,15 +78,11 @@ EVERYTHING = {
 def test_attention_on_a_mesh_equals_one_device(case, mesh):
     floats, others = attention_cases.differentiable(case), attention_cases.integers(case)
     expected = attention_cases.values_and_gradients(case, floats, others, None)
-    floats, others = (
-        place(case, floats, others, simulated(*mesh))
-        if case.batch != 3
-        else (jax.device_put((floats, others), NamedSharding(simulated(*mesh), PartitionSpec())))
-    )
+    floats, others = place(case, floats, others, simulated(*mesh))
     actual = attention_cases.values_and_gradients(case, floats, others, None)
-    for part, wanted in zip(actual, expected, strict=True):
+    for part, wanted, tolerance in zip(actual, expected, attention_cases.TOLERANCES["float32"], strict=True):
         for name, array in wanted.items():
-            attention_cases.assert_close(part[name], array, 1e-5, name)
+            attention_cases.assert_close(part[name], array, tolerance, name)
 
 
 def test_attention_on_a_mesh_moves_no_operand():
@@ -136,9 +129,8 @@ def test_prob_sparse_on_a_mesh_equals_one_device_and_moves_no_operand():
     np.testing.assert_array_equal(actual.top, expected.top)
     np.testing.assert_allclose(actual.out, expected.out, rtol=1e-5, atol=1e-6)
 
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in arguments]
-    derive = jax.jit(gradient(lambda *a: prob_sparse(jax.random.key(1), *a, table).out))
-    assert all(size == 1 for _, size in moved(derive.lower(*shapes).compile().as_text()))
+    derive = jax.jit(gradient(lambda *a: prob_sparse(jax.random.key(1), *a).out, 3))
+    assert all(size == 1 for _, size in moved(derive.lower(*arguments, table).compile().as_text()))
 
 
 @pytest.mark.parametrize("target, kernels", [("tpu-v5e", "attention_"), ("h100", "attention_gpu_")])
@@ -177,10 +169,10 @@ def language_loss(model):
 def test_a_training_step_of_a_decoder_compiles_for_a_slice_and_holds_the_kernels():
     mesh = make_mesh("tpu-v5e", {"data": 2, "fsdp": 2, "tensor": 2})
     config = DecoderConfig.preset(
-        "llama3_8b", layers=2, features=512, heads=4, key_heads=2, mlp_features=1024, vocab_size=1024, dropout=0.1
+        "llama3_8b", layers=1, features=256, heads=4, key_heads=2, mlp_features=256, vocab_size=512
     )
     model = DecoderLM(config, dtype=jnp.bfloat16)
-    optimizer = train.build_optimizer(train.OptimizerConfig(accumulation_steps=2), total_steps=1)
+    optimizer = train.build_optimizer(train.OptimizerConfig("sgd"), total_steps=1)
 
     def create(key):
         return train.create_state(lambda rng: model.init(rng, jnp.zeros((1, 8), jnp.int32)), optimizer, key)
@@ -194,7 +186,7 @@ def test_a_training_step_of_a_decoder_compiles_for_a_slice_and_holds_the_kernels
     )
     step = train.make_train_step(language_loss(model), optimizer, state)
     compiled = compile_for(
-        "tpu-v5e", step, state, {"tokens": shape(16, 512, dtype=jnp.int32)},
+        "tpu-v5e", step, state, {"tokens": shape(8, 256, dtype=jnp.int32)},
         mesh=mesh, in_shardings=(jax.tree.map(lambda sharding: sharding.spec, shardings), PartitionSpec(BATCH_AXES)),
     )  # fmt: skip
-    assert compiled.kernels == {"attention_forward": 2, "attention_backward": 2}
+    assert compiled.kernels == {"attention_forward": 1, "attention_backward": 1}
