@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 Implementation = Literal["reference", "chunked", "tpu", "gpu"]
-# Axes of a mesh by the names that `zoo.train` gives them. Axes of other names do not cut a core's work.
+# Axes of a mesh that cut a core's work, by name (those of `zoo.train`). Along any other each device does all of it.
 BATCH_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 NEGATIVE_INFINITY = float(jnp.finfo(jnp.float32).min) * 0.5  # finite, so that differences of two are 0 and not NaN
