@@ -6,7 +6,9 @@ sums are float32. A row in which every key is masked gives zeros (and a log-sum-
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,8 @@ from kernels.attention import chunked, gpu, reference, tpu
 from kernels.attention.operands import OUT_AXES, Operands, Options, axes, check, number_heads
 from kernels.common import Implementation, by_platform, check_implementation, head_shards
 
-_FORWARD = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
-_BACKWARD = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
+_FORWARD: Mapping[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_BACKWARD: Mapping[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
 
 
 def attention(

@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kernels import common
 from kernels.attention import attention
 from kernels.prob_sparse import prob_sparse_attention, sample_keys
 from tests.kernels import attention_cases
@@ -26,6 +27,11 @@ from zoo.train.sharding import BATCH_AXES
 HEADS_CUT = PartitionSpec(BATCH_AXES, None, "tensor")
 HEADS_WHOLE = PartitionSpec(BATCH_AXES)
 COLLECTIVES = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
+
+
+def test_the_axes_that_cut_cores_are_those_of_training_meshes():
+    assert train.sharding.BATCH_AXES == common.BATCH_AXES
+    assert (*common.BATCH_AXES, *common.HEAD_AXES) == train.sharding.MESH_AXES
 
 
 def simulated(data, fsdp, tensor):

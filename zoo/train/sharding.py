@@ -16,13 +16,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kernels.common import BATCH_AXES, HEAD_AXES
 from zoo.errors import unknown
 from zoo.train.optimizer import Optimizer
 from zoo.train.state import PyTree, TrainState, create_state
 
-# A batch is cut along both of BATCH_AXES: FSDP is data parallelism whose parameters are cut too.
-MESH_AXES = (*BATCH_AXES, *HEAD_AXES)
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # a batch is cut along both; FSDP is data parallelism whose parameters are cut too
 RULES: dict[str, str] = {
     "embed": "fsdp",
     "mlp": "tensor",
