@@ -70,22 +70,23 @@ def by_platform(
 # addresses: never found again, or found for another function.
 
 
-def _auto_mesh(*operands: Any) -> AbstractMesh | None:
+def auto_mesh(*operands: Any) -> AbstractMesh | None:
     """The mesh that the operands (pytrees of arrays) live on, if it has axes along which work is yet to be cut."""
     meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(operands)]
     for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
-        if any(size > 1 for size in _auto_axes(mesh).values()):
+        if any(size > 1 for size in auto_axes(mesh).values()):
             return mesh
     return None
 
 
 def head_shards(*operands: Any) -> int:
     """The number of parts into which a mesh would cut the heads."""
-    mesh = _auto_mesh(*operands)
-    return 1 if mesh is None else math.prod(_auto_axes(mesh).get(axis, 1) for axis in HEAD_AXES)
+    mesh = auto_mesh(*operands)
+    return 1 if mesh is None else math.prod(auto_axes(mesh).get(axis, 1) for axis in HEAD_AXES)
 
 
-def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:
+def auto_axes(mesh: AbstractMesh) -> dict[str, int]:
+    """Sizes of a mesh's axes along which XLA's partitioner cuts, by name."""
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
 
@@ -95,10 +96,10 @@ def on_each_device(function: Callable[..., Any], operands: tuple[Any, ...], axes
 
     Outputs have the operands' cut. One without an axis b or h is summed over the devices that cut it (in float32).
     """
-    mesh = _auto_mesh(operands)
+    mesh = auto_mesh(operands)
     if mesh is None:
         return function(*operands)
-    sizes = _auto_axes(mesh)
+    sizes = auto_axes(mesh)
     lengths: dict[str, list[int]] = {".": [], "b": [], "h": []}
     for array, letters in zip(jax.tree.leaves(operands), jax.tree.leaves(axes), strict=True):
         for length, letter in zip(array.shape, letters, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.parameters import random_parameters
+from zoo import train
 from zoo.backbones import DecoderConfig, DecoderLM
 from zoo.layers.rotary import LinearScaling, Rotary
 
@@ -309,3 +310,15 @@ def test_growing_past_max_length_is_refused():
     _, state = compiled("mistral")(parameters("mistral"), tokens(), model.init_state(2, 16))
     with pytest.raises(ValueError, match="20 tokens, past included, are more than max_length 16"):
         model.apply(parameters("mistral"), tokens(), state)
+
+
+def test_fsdp_leaves_activations_cut_along_the_batch():
+    """Parameters are cut along the devices that cut the batch; of the logits a device holds those of its examples."""
+    model = DecoderLM(DecoderConfig(vocab_size=64, features=16, layers=1, heads=2))
+    mesh = train.make_mesh(train.MeshConfig(data=1, fsdp=4, tensor=2))
+    optimizer = train.build_optimizer(train.OptimizerConfig(), total_steps=1)
+    tokens = np.zeros((8, 6), np.int32)
+    state = train.init_sharded(lambda rng: model.init(rng, tokens[:1]), optimizer, jax.random.key(0), mesh)
+    assert state.params["layer_0"]["mlp"]["up"]["kernel"].sharding.spec[0] == "fsdp"
+    logits, _ = jax.jit(model.apply)({"params": state.params}, train.shard_batch(tokens, mesh))
+    assert {shard.data.shape[:2] for shard in logits.addressable_shards} == {(2, 6)}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from zoo import mixers
 from zoo.backbones.transformer import TransformerConfig, check_positive, make_blocks
-from zoo.layers.partitioning import dense, partitioned
+from zoo.layers.partitioning import dense, keep_batch_cut, partitioned
 from zoo.layers.rotary import Rotary
 
 _GPT2 = {
@@ -208,7 +208,7 @@ class DecoderLM(nn.Module):
             logits = jnp.einsum("...f,vf->...v", x, embedding, preferred_element_type=jnp.float32)
         else:
             logits = self.head(x)
-        logits = logits.astype(jnp.float32)
+        logits = keep_batch_cut(logits.astype(jnp.float32))
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return logits

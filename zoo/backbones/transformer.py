@@ -16,6 +16,7 @@ from zoo.errors import unknown
 from zoo.layers.drop_path import DropPath
 from zoo.layers.mlp import MLP, check_mlp
 from zoo.layers.norms import NormKind, norm
+from zoo.layers.partitioning import keep_batch_cut
 from zoo.layers.rotary import Rotary
 
 NormPosition = Literal["pre", "post"]
@@ -175,6 +176,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, mixers.State | None]:
         """(batch, time, features) to the same, and the mixer's next state."""
         config = self.config
+        x = keep_batch_cut(x)
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm1 = config.make_norm(name="norm1", **options)
         mixer = config.make_mixer(self.layer, name="mixer", **options)

@@ -6,10 +6,15 @@ The names: "embed" (a block's input and output features), "mlp" (a hidden layer'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kernels.common import BATCH_AXES, auto_axes, auto_mesh
 
 
 def partitioned(initializer: Callable, *axes: str | None) -> Callable:
@@ -34,3 +39,20 @@ def dense(
         bias_init=partitioned(bias_init, axes[1]),
         **options,
     )
+
+
+def keep_batch_cut(x: jax.Array) -> jax.Array:
+    """`x` itself, whose first axis, the batch, stays cut along a mesh's batch axes; no effect without a mesh.
+
+    FSDP cuts parameters along the devices that cut the batch. Left alone, XLA may then rather cut features, and gather
+    the batch: of a language model's logits, hundreds of GiB.
+    """
+    mesh = auto_mesh(x)
+    if mesh is None:
+        return x
+    sizes = auto_axes(mesh)
+    axes = tuple(axis for axis in BATCH_AXES if axis in sizes)
+    if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
+        return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes, *rest)))
