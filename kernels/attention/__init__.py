@@ -15,7 +15,7 @@ from kernels.attention import chunked, gpu, reference, tpu
 from kernels.attention.operands import Operands, Options, check
 from kernels.common import Implementation, by_platform, check_implementation
 
-_FORWARD = {"reference": reference.forward, "chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_FORWARD = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 _BACKWARD = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
 
 

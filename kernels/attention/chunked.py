@@ -1,9 +1,317 @@
-"""Placeholder until its author lands it."""
+"""Softmax attention in linear memory with XLA's own operations: what a CPU runs, and any backend without a kernel.
+
+A loop over (batch, key head), in it over blocks of queries. A block sees all of its keys at once, so its softmax is
+the ordinary one; blocks shrink as rows grow, so that a tile of logits stays in the cache. Where positions are the
+default ones, a block's range of keys is cut to what causality and the window let it see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention.operands import Operands, Options, visible
+from kernels.common import NEGATIVE_INFINITY, hash_uniform
+
+_TILE_ELEMENTS = 2**19  # logits in a tile: 2 MiB, about a core's level-2 cache
+_MOST_ROWS = 256  # of a tile; more make causality's diagonal blocks wasteful
+_LEAST_ROWS = 64  # of a tile; fewer make matrix products slow
+_MOST_SPANS = 8  # into which causal queries are cut; each is compiled apart
 
 
-def forward(operands, options, **_):
-    raise NotImplementedError
+class _Span(NamedTuple):
+    """Consecutive blocks of queries whose tiles of logits have one shape."""
+
+    start: int  # the first query
+    block: int  # queries in a block
+    count: int  # blocks
+    low: int  # the keys that the span may see
+    high: int
+    left: int  # how far before its first query a block looks, if width < high - low
+    width: int  # keys in a tile
 
 
-def backward(operands, out, logsumexp, d_out, d_logsumexp, options, **_):
-    raise NotImplementedError
+def _spans(operands: Operands, options: Options) -> list[_Span]:
+    """Cuts the queries so that tiles hold few keys that default positions exclude."""
+    queries, heads = operands.query.shape[1:3]
+    keys, key_heads = operands.key.shape[1:3]
+    left, right = options.window or (None, None)
+    if options.causal and operands.prefix_lengths is None:
+        right = 0
+    if operands.query_positions is not None or operands.key_positions is not None:
+        left = right = None
+
+    one_sided = (left is None) != (right is None)
+    length = max(-(-queries // (_MOST_SPANS if one_sided else 1)), min(queries, _MOST_ROWS))
+    spans = []
+    for first in range(0, queries, length):
+        start, stop = first, min(first + length, queries)
+        while start < stop:  # a second round takes the remainder of the blocks
+            low = 0 if left is None else min(max(start - left, 0), keys - 1)
+            high = keys if right is None else min(max(stop + right, low + 1), keys)
+            rows = min(max(_TILE_ELEMENTS // (high - low), _LEAST_ROWS), _MOST_ROWS)
+            block = min(max(rows * key_heads // heads, 1), stop - start)
+            width = high - low if left is None or right is None else min(high - low, left + block + right)
+            spans.append(_Span(start, block, (stop - start) // block, low, high, left or 0, width))
+            start += block * spans[-1].count
+    return spans
+
+
+class _Tile(NamedTuple):
+    """Where a tile of logits lies: a batch index, a key head, a block of queries and a range of keys."""
+
+    batch: jax.Array
+    key_head: jax.Array
+    query_start: jax.Array
+    block: int
+    key_start: jax.Array
+    width: int
+
+    def queries(self, array: jax.Array) -> jax.Array:
+        """The block's part of an array whose leading axis is queries."""
+        return jax.lax.dynamic_slice_in_dim(array, self.query_start, self.block)
+
+    def keys(self, array: jax.Array) -> jax.Array:
+        """The range's part of an array whose leading axis is keys."""
+        return jax.lax.dynamic_slice_in_dim(array, self.key_start, self.width)
+
+    def bias_window(self, shape: tuple[int, ...], group: int) -> tuple[list[Any], list[int]]:
+        """Starts and sizes of the tile's part of a bias that broadcasts to (B, H, T, S)."""
+        starts = (self.batch, self.key_head * group, self.query_start, self.key_start)
+        sizes = (1, group, self.block, self.width)
+        return (
+            [0 if full == 1 else start for full, start in zip(shape, starts, strict=True)],
+            [min(full, size) for full, size in zip(shape, sizes, strict=True)],
+        )
+
+
+def _tile(span: _Span, index: jax.Array, block: jax.Array | int, key_heads: int) -> _Tile:
+    query_start = span.start + block * span.block
+    key_start = jnp.clip(query_start - span.left, span.low, span.high - span.width)
+    return _Tile(index // key_heads, index % key_heads, query_start, span.block, key_start, span.width)
+
+
+def _repeat(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, count: int) -> tuple[Any, Any]:
+    """`jax.lax.scan` over 0 .. count - 1, without a loop around a single step."""
+    if count > 1:
+        return jax.lax.scan(function, carry, jnp.arange(count))
+    carry, out = function(carry, 0)
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
+def _head(array: jax.Array, tile_batch: jax.Array, key_head: jax.Array, key_heads: int) -> jax.Array:
+    """(B, T, H, D) -> float32 (T, H // key_heads, D): the heads that share a key head."""
+    group = array.shape[2] // key_heads
+    sizes = (1, array.shape[1], group, array.shape[3])
+    return jax.lax.dynamic_slice(array, (tile_batch, 0, key_head * group, 0), sizes)[0].astype(jnp.float32)
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """A matrix product: two axes at most on either side, for XLA's products with batch axes are slow on a CPU."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _logits(
+    query: jax.Array, key: jax.Array, tile: _Tile, operands: Operands, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Logits (block, group, width), -inf where masked, and the capped products before the bias.
+
+    Args:
+      query: (block, group, D), scaled.
+      key: (width, D).
+      tile: where they lie.
+      operands: for all that acts on the logits.
+      options: static options.
+    """
+    block, group, width = query.shape
+    capped = _dot(query.reshape(block * group, width), key, (1, 1)).reshape(block, group, -1)
+    if options.logit_softcap is not None:
+        capped = options.logit_softcap * jnp.tanh(capped / options.logit_softcap)
+    logits = capped
+    if operands.bias is not None:
+        bias = jax.lax.dynamic_slice(operands.bias, *tile.bias_window(operands.bias.shape, group))[0]
+        logits += bias.swapaxes(0, 1).astype(jnp.float32)
+
+    def of_batch(array: jax.Array | None) -> jax.Array | None:
+        if array is None:
+            return None
+        return array[0] if array.shape[0] == 1 else array[tile.batch]
+
+    def rows(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else tile.queries(of_batch(array))[:, None, None]
+
+    def columns(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else tile.keys(of_batch(array))
+
+    query_index = tile.query_start + jnp.arange(tile.block)[:, None, None]
+    key_index = tile.key_start + jnp.arange(tile.width)
+    mask = visible(
+        options,
+        query_index if operands.query_positions is None else rows(operands.query_positions),
+        key_index if operands.key_positions is None else columns(operands.key_positions),
+        rows(operands.query_segment_ids),
+        columns(operands.key_segment_ids),
+        of_batch(operands.prefix_lengths),
+        key_index,
+        of_batch(operands.key_lengths),
+    )
+    return (logits if mask is None else jnp.where(mask, logits, -jnp.inf)), capped
+
+
+def _dropout(weights: jax.Array, tile: _Tile, operands: Operands, options: Options) -> jax.Array:
+    """Drops weights (block, group, width) and scales what is kept."""
+    if options.dropout_rate == 0:
+        return weights
+    heads, group = operands.query.shape[2], weights.shape[1]
+    uniform = hash_uniform(
+        operands.dropout_seed,
+        tile.batch * heads + tile.key_head * group + jnp.arange(group)[:, None],
+        tile.query_start + jnp.arange(tile.block)[:, None, None],
+        tile.key_start + jnp.arange(tile.width),
+    )
+    return jnp.where(uniform >= options.dropout_rate, weights / (1 - options.dropout_rate), 0)
+
+
+def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """As `reference.forward`, in memory linear in the lengths."""
+    batch, queries, heads, _ = operands.query.shape
+    key_heads, value_width = operands.value.shape[2:]
+    group = heads // key_heads
+    spans = _spans(operands, options)
+
+    def one_head(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch_index, key_head = index // key_heads, index % key_heads
+        query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
+        key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
+        value = _head(operands.value, batch_index, key_head, key_heads)[:, 0]
+        sinks = None
+        if operands.sinks is not None:
+            sinks = jax.lax.dynamic_slice_in_dim(operands.sinks.astype(jnp.float32), key_head * group, group)
+
+        def one_block(span: _Span, block: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+            tile = _tile(span, index, block, key_heads)
+            logits, _ = _logits(tile.queries(query), tile.keys(key), tile, operands, options)
+            maximum = jnp.max(logits, axis=-1, initial=NEGATIVE_INFINITY)
+            if sinks is not None:
+                maximum = jnp.maximum(maximum, sinks)
+            weights = jnp.exp(logits - maximum[..., None])
+            denominator = weights.sum(axis=-1)
+            if sinks is not None:
+                denominator += jnp.exp(sinks - maximum)
+            empty = denominator == 0
+            denominator = jnp.where(empty, 1, denominator)
+            weights = _dropout(weights, tile, operands, options)
+            out = _dot(weights.reshape(-1, tile.width), tile.keys(value), (1, 0))
+            out = out.reshape(tile.block, group, value_width) / denominator[..., None]
+            return out.astype(operands.query.dtype), jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
+
+        parts = []
+        for span in spans:
+            _, (out, logsumexp) = _repeat(lambda _, i, span=span: (None, one_block(span, i)), None, span.count)
+            parts.append((out.reshape(-1, group, value_width), logsumexp.reshape(-1, group)))
+        outs, logsumexps = zip(*parts, strict=True)
+        return jnp.concatenate(outs), jnp.concatenate(logsumexps)
+
+    out, logsumexp = jax.lax.map(one_head, jnp.arange(batch * key_heads))
+    out = out.reshape(batch, key_heads, queries, group, value_width).swapaxes(1, 2)
+    logsumexp = jnp.moveaxis(logsumexp.reshape(batch, key_heads, queries, group), 2, 3)
+    return out.reshape(batch, queries, heads, value_width), logsumexp.reshape(batch, heads, queries)
+
+
+def backward(
+    operands: Operands,
+    out: jax.Array,
+    logsumexp: jax.Array,
+    d_out: jax.Array,
+    d_logsumexp: jax.Array,
+    *,
+    options: Options,
+) -> Operands:
+    """Gradients of the float operands, in memory linear in the lengths (and the bias's own size).
+
+    Args:
+      operands: of the forward pass.
+      out, logsumexp: what it gave.
+      d_out, d_logsumexp: their cotangents.
+      options: static options.
+    """
+    batch, queries, heads, width = operands.query.shape
+    keys, key_heads, value_width = operands.value.shape[1:]
+    group = heads // key_heads
+    spans = _spans(operands, options)
+
+    # With p = exp(logits - logsumexp) and d p = dropped(d_out . value): d logits = p (d p - sum(p d p) + d_logsumexp).
+    # The sum is also that of out d_out, but `out` is rounded to its dtype, and the tile holds whole rows.
+    del out
+    finite = jnp.where(jnp.isneginf(logsumexp), 0, logsumexp)  # an empty row's logits are all -inf
+    by_key_head = (batch, key_heads, group, queries)
+    d_logsumexp, finite = d_logsumexp.reshape(by_key_head), finite.reshape(by_key_head)
+
+    def one_head(d_bias: jax.Array | None, index: jax.Array):
+        batch_index, key_head = index // key_heads, index % key_heads
+        query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
+        key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
+        value = _head(operands.value, batch_index, key_head, key_heads)[:, 0]
+        d_head = _head(d_out, batch_index, key_head, key_heads)
+        d_row, row_logsumexp = (x[batch_index, key_head].T for x in (d_logsumexp, finite))
+
+        def one_block(span: _Span, carry, block: jax.Array | int):
+            d_key, d_value, d_bias = carry
+            tile = _tile(span, index, block, key_heads)
+            rows = tile.block * group
+            query_block, key_range = tile.queries(query), tile.keys(key)
+            d_block = tile.queries(d_head).reshape(rows, value_width)
+            logits, capped = _logits(query_block, key_range, tile, operands, options)
+            weights = jnp.exp(logits - tile.queries(row_logsumexp)[..., None])
+            d_weights = _dot(d_block, tile.keys(value), (1, 1)).reshape(weights.shape)
+            d_weights = _dropout(d_weights, tile, operands, options)
+            delta = jnp.sum(weights * d_weights, axis=-1) - tile.queries(d_row)
+            d_logits = weights * (d_weights - delta[..., None])
+            dropped = _dropout(weights, tile, operands, options).reshape(rows, -1)
+            d_value = _add(d_value, _dot(dropped, d_block, (0, 0)), [tile.key_start, 0])
+            if d_bias is not None:
+                starts, sizes = tile.bias_window(d_bias.shape, group)
+                part = d_logits.swapaxes(0, 1)[None]
+                summed = [axis for axis, size in enumerate(sizes) if size == 1]
+                d_bias = _add(d_bias, part.sum(axis=summed, keepdims=True), starts)
+            if options.logit_softcap is not None:
+                d_logits *= 1 - (capped / options.logit_softcap) ** 2
+            d_products = d_logits.reshape(rows, -1)
+            d_query = options.scale * _dot(d_products, key_range, (1, 0))
+            d_key = _add(d_key, _dot(d_products, query_block.reshape(rows, width), (0, 0)), [tile.key_start, 0])
+            d_query = d_query.reshape(tile.block, group, width).astype(operands.query.dtype)
+            return (d_key, d_value, d_bias), (d_query, delta)
+
+        carry = (jnp.zeros((keys, width)), jnp.zeros((keys, value_width)), d_bias)
+        parts = []
+        for span in spans:
+            carry, (d_query, delta) = _repeat(lambda carry, i, span=span: one_block(span, carry, i), carry, span.count)
+            parts.append((d_query.reshape(-1, group, width), delta.reshape(-1, group)))
+        d_key, d_value, d_bias = carry
+        d_queries, deltas = map(jnp.concatenate, zip(*parts, strict=True))
+        dtype = operands.key.dtype
+        return d_bias, (d_queries, d_key.astype(dtype), d_value.astype(dtype), deltas)
+
+    d_bias = None if operands.bias is None else jnp.zeros(operands.bias.shape)
+    d_bias, (d_query, d_key, d_value, delta) = jax.lax.scan(one_head, d_bias, jnp.arange(batch * key_heads))
+    d_query = d_query.reshape(batch, key_heads, queries, group, width).swapaxes(1, 2)
+    d_key = d_key.reshape(batch, key_heads, keys, width).swapaxes(1, 2)
+    d_value = d_value.reshape(batch, key_heads, keys, value_width).swapaxes(1, 2)
+    if operands.bias is not None:
+        d_bias = d_bias.astype(operands.bias.dtype)
+    d_sinks = None
+    if operands.sinks is not None:
+        share = jnp.exp(operands.sinks.astype(jnp.float32)[:, None] - logsumexp)
+        delta = jnp.moveaxis(delta.reshape(batch, key_heads, queries, group), 2, 3).reshape(logsumexp.shape)
+        d_sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(operands.sinks.dtype)
+    gradients = Operands(d_query.reshape(operands.query.shape), d_key, d_value)
+    return gradients._replace(bias=d_bias, sinks=d_sinks)
+
+
+def _add(total: jax.Array, part: jax.Array, starts: list[Any]) -> jax.Array:
+    """`total` with `part` added at `starts`."""
+    return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, starts, part.shape) + part, starts)

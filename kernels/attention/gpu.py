@@ -1,9 +1,670 @@
-"""Placeholder until its author lands it."""
+"""Flash attention for NVIDIA GPUs in Pallas-Triton (Dao 2023, "FlashAttention-2", algorithms 1 and 2).
+
+One program makes one tile of one output, all sums in registers, no atomics: two runs give the same bits. Keys that
+causality, the window or the lengths exclude are never loaded. A short query (decoding) has the heads that share a key
+head folded into its rows, and the sequence of keys split among programs, so that one token fills the GPU.
+
+Logits are kept in base 2 (exp2 is the instruction there is): `logits` below are log2(e) times the definition's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from kernels.attention import chunked
+from kernels.attention.operands import Operands, Options, visible
+from kernels.common import NEGATIVE_INFINITY, hash_uniform
+
+_LOG2E = 1 / math.log(2)
+_DECODE_ROWS = 64  # queries x heads a key head, up to which heads are folded into rows and keys are split
+_DECODE_PROGRAMS = 264  # two for each core of an H100
 
 
-def forward(operands, options, **_):
-    raise NotImplementedError
+class Blocks(NamedTuple):
+    """Sizes of a tile of the logits, and how Triton runs it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
 
 
-def backward(operands, out, logsumexp, d_out, d_logsumexp, options, **_):
-    raise NotImplementedError
+# By pass, bytes of an input's element, and the wider of key and value, rounded up to a power of 2. The usual sizes of
+# FlashAttention-2, cut until ptxas spills nothing on an H100. float32 runs without tensor cores, which round to TF32.
+_BLOCKS: dict[tuple[str, int, int], Blocks] = {
+    ("forward", 2, 64): Blocks(128, 64, warps=4, stages=3),
+    ("forward", 2, 128): Blocks(128, 64, warps=8, stages=3),
+    ("forward", 2, 256): Blocks(128, 64, warps=8, stages=2),
+    ("forward", 2, 512): Blocks(32, 32, warps=8, stages=1),
+    ("backward", 2, 64): Blocks(64, 64, warps=4, stages=2),
+    ("backward", 2, 128): Blocks(64, 64, warps=8, stages=2),
+    ("backward", 2, 256): Blocks(32, 64, warps=8, stages=1),
+    ("backward", 2, 512): Blocks(16, 32, warps=8, stages=1),
+    ("forward", 4, 64): Blocks(32, 32, warps=4, stages=1),
+    ("forward", 4, 128): Blocks(32, 32, warps=4, stages=1),
+    ("forward", 4, 256): Blocks(16, 16, warps=4, stages=1),
+    ("forward", 4, 512): Blocks(16, 16, warps=4, stages=1),
+    ("backward", 4, 64): Blocks(32, 32, warps=4, stages=1),
+    ("backward", 4, 128): Blocks(32, 32, warps=8, stages=1),
+    ("backward", 4, 256): Blocks(16, 16, warps=8, stages=1),
+    ("backward", 4, 512): Blocks(16, 16, warps=8, stages=1),  # spills
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a kernel knows when it is traced."""
+
+    options: Options
+    batch: int
+    rows: int  # queries, times `fold`
+    keys: int
+    heads: int  # query heads, divided by `fold`
+    key_heads: int
+    fold: int  # heads that are rows: row r is query r // fold, head r % fold of its group
+    width: int
+    value_width: int
+    blocks: Blocks
+
+    @property
+    def group(self) -> int:
+        """Heads that share a key head, rows apart."""
+        return self.heads // self.key_heads
+
+    @property
+    def row_blocks(self) -> int:
+        return pl.cdiv(self.rows, self.blocks.rows)
+
+    @property
+    def key_blocks(self) -> int:
+        return pl.cdiv(self.keys, self.blocks.keys)
+
+
+_WIDEST = max(width for _, _, width in _BLOCKS)
+
+
+def _plan(operands: Operands, options: Options, kernel: str, fold: int = 1) -> _Plan:
+    batch, rows, heads, width = operands.query.shape
+    keys, key_heads, value_width = operands.value.shape[1:]
+    widest = max(pl.next_power_of_2(max(width, value_width)), 64)
+    blocks = _BLOCKS[kernel, operands.query.dtype.itemsize, widest]
+    blocks = blocks._replace(
+        rows=min(blocks.rows, max(pl.next_power_of_2(rows), 16)),
+        keys=min(blocks.keys, max(pl.next_power_of_2(keys), 16)),
+    )
+    return _Plan(options, batch, rows, keys, heads, key_heads, fold, width, value_width, blocks)
+
+
+class _Tile(NamedTuple):
+    """Where a tile of the logits lies: scalars inside a kernel."""
+
+    batch: jax.Array
+    head: jax.Array
+    first_row: jax.Array
+    first_key: jax.Array
+
+
+def forward(operands: Operands, *, options: Options, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Output (B, T, H, E) in the inputs' dtype and log-sum-exp (B, H, T) float32."""
+    if max(operands.query.shape[3], operands.value.shape[3]) > _WIDEST:  # no tile of such rows fits a core
+        return chunked.forward(operands, options)
+    dtype, operands = operands.query.dtype, _in_supported_dtype(operands)
+    batch, queries, heads, _ = operands.query.shape
+    key_heads = operands.key.shape[2]
+    fold = heads // key_heads if queries * heads // key_heads <= _DECODE_ROWS else 0
+    plan = _plan(_fold(operands, fold) if fold else operands, options, "forward", fold or 1)
+    splits = 1
+    if fold:
+        wanted = max(1, _DECODE_PROGRAMS // (plan.batch * plan.heads * plan.row_blocks))
+        splits = pl.cdiv(plan.key_blocks, pl.cdiv(plan.key_blocks, min(wanted, pl.cdiv(plan.key_blocks, 2))))
+    out, logsumexp = pl.pallas_call(
+        partial(_forward_kernel, plan=plan, splits=splits),
+        grid=(plan.batch * plan.heads * splits * plan.row_blocks,),
+        out_shape=(
+            jax.ShapeDtypeStruct(
+                (splits, plan.batch, plan.rows, plan.heads, plan.value_width),
+                jnp.float32 if fold else operands.query.dtype,
+            ),
+            jax.ShapeDtypeStruct((splits, plan.batch, plan.heads, plan.rows), jnp.float32),
+        ),
+        compiler_params=_compiler_params(plan),
+        interpret=interpret,
+        name="attention_gpu_forward",
+    )(_fold(operands, fold)._replace(sinks=None) if fold else operands)
+    if not fold:
+        return out[0].astype(dtype), logsumexp[0]
+    return _combine(
+        out.reshape(splits, batch, queries, fold, key_heads, -1).swapaxes(3, 4).reshape(splits, batch, queries, heads, -1),
+        logsumexp.reshape(splits, batch, key_heads, queries, fold).swapaxes(3, 4).reshape(splits, batch, heads, queries),
+        operands.sinks, dtype,
+    )  # fmt: skip
+
+
+def backward(
+    operands: Operands,
+    out: jax.Array,
+    logsumexp: jax.Array,
+    d_out: jax.Array,
+    d_logsumexp: jax.Array,
+    *,
+    options: Options,
+    interpret: bool,
+) -> Operands:
+    """Gradients in the shapes and dtypes of the operands; None for integers and what is absent."""
+    if max(operands.query.shape[3], operands.value.shape[3]) > _WIDEST:
+        return chunked.backward(operands, out, logsumexp, d_out, d_logsumexp, options=options)
+    dtype, operands = operands.query.dtype, _in_supported_dtype(operands)
+    plan = _plan(operands, options, "backward")
+    # A row that sees nothing has probabilities exp2(x - inf) = 0.
+    row_logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp * _LOG2E)
+    delta = jnp.einsum("bthe,bthe->bht", out.astype(jnp.float32), d_out.astype(jnp.float32)) - d_logsumexp
+    residuals = _Residuals(d_out.astype(operands.query.dtype), row_logsumexp, delta, d_logsumexp)
+    bias = operands.bias
+
+    def call(kernel: Any, name: str, grid: tuple[int, ...], out_shape: Any) -> Any:
+        return pl.pallas_call(
+            partial(kernel, plan=plan), grid=(math.prod(grid),), out_shape=out_shape,
+            compiler_params=_compiler_params(plan), interpret=interpret, name=f"attention_gpu_backward_{name}",
+        )(operands, residuals)  # fmt: skip
+
+    def like(array: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    def vectors(length: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((plan.batch, plan.heads, length), jnp.float32)
+
+    of_rows = bias is not None and bias.shape[3] == 1
+    of_keys = bias is not None and not of_rows and bias.shape[2] == 1
+    d_query, exact_delta, bias_rows = call(
+        _d_query_kernel, "query", (plan.batch, plan.heads, plan.row_blocks),
+        (like(operands.query), vectors(plan.rows) if out.dtype != jnp.float32 else None,
+         vectors(plan.rows) if of_rows else None),
+    )  # fmt: skip
+    if exact_delta is not None:
+        residuals = residuals._replace(delta=exact_delta)
+    d_key, d_value, bias_keys = call(
+        _d_key_value_kernel, "key_value", (plan.batch, plan.key_heads, plan.key_blocks),
+        (like(operands.key), like(operands.value), vectors(plan.keys) if of_keys else None),
+    )  # fmt: skip
+    d_bias = d_sinks = None
+    if bias is not None:
+        if of_rows:
+            d_bias = bias_rows[..., None]
+        elif of_keys:
+            d_bias = bias_keys[:, :, None]
+        else:
+            d_bias = call(
+                _d_bias_kernel, "bias", (*bias.shape[:2], plan.row_blocks, plan.key_blocks),
+                jax.ShapeDtypeStruct(bias.shape, jnp.float32),
+            )  # fmt: skip
+        shared = tuple(axis for axis in range(4) if d_bias.shape[axis] != bias.shape[axis])
+        d_bias = d_bias.sum(shared, keepdims=True).astype(bias.dtype)
+    if operands.sinks is not None:
+        # The sink's own probability, times its d logit, -delta.
+        sink = operands.sinks.astype(jnp.float32)[None, :, None]
+        d_sinks = -jnp.sum(jnp.exp(sink - logsumexp) * residuals.delta, axis=(0, 2)).astype(operands.sinks.dtype)
+    return Operands(*(gradient.astype(dtype) for gradient in (d_query, d_key, d_value)), d_bias, d_sinks)
+
+
+def _in_supported_dtype(operands: Operands) -> Operands:
+    """float64 and floats of 8 bits become float32."""
+    if operands.query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return operands
+    query, key, value = (array.astype(jnp.float32) for array in operands[:3])
+    return operands._replace(query=query, key=key, value=value)
+
+
+def _compiler_params(plan: _Plan) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=plan.blocks.warps, num_stages=plan.blocks.stages)
+
+
+# ------------------------------------------------------------------------------------------------- a tile of logits
+
+
+def _program(*sizes: int) -> list[jax.Array]:
+    """This program's place in a grid of these sizes, the last running fastest (CUDA limits all axes but the first)."""
+    index, places = pl.program_id(0), []
+    for size in reversed(sizes):
+        places.append(jax.lax.rem(index, size))
+        index = jax.lax.div(index, size)
+    return places[::-1]
+
+
+def _range(first: jax.Array, size: int) -> jax.Array:
+    return first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+
+def _load_matrix(ref: Any, batch: Any, first: Any, size: int, head: Any, bounded: bool = True) -> jax.Array:
+    """(size, width) of (B, time, heads, width), zero beyond its edges; the width is padded to a power of 2."""
+    length, width = ref.shape[1], ref.shape[3]
+    padded = max(pl.next_power_of_2(width), 16)
+    mask = None
+    if bounded and length % size:
+        mask = jnp.broadcast_to((_range(first, size) < length)[:, None], (size, padded))
+    if padded != width:
+        inside = jnp.broadcast_to((_range(0, padded) < width)[None], (size, padded))
+        mask = inside if mask is None else mask & inside
+    other = None if mask is None else 0.0
+    return plgpu.load(ref.at[batch, pl.ds(first, size), head, pl.ds(0, padded)], mask=mask, other=other)
+
+
+def _store_matrix(ref: Any, places: tuple[Any, ...], first: Any, head: Any, value: jax.Array) -> None:
+    length, _, width = ref.shape[-3:]
+    size, padded = value.shape
+    mask = (_range(first, size) < length)[:, None] & (_range(0, padded) < width)[None]
+    plgpu.store(ref.at[(*places, pl.ds(first, size), head, pl.ds(0, padded))], value.astype(ref.dtype), mask=mask)
+
+
+def _shared(places: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    # Traced even where it is always 0: the interpreter knows no static index.
+    return tuple(jnp.minimum(place, extent - 1) for place, extent in zip(places, shape, strict=False))
+
+
+def _load_vector(ref: Any, places: tuple[Any, ...], first: Any, size: int, other: float = 0) -> jax.Array:
+    """(size,) along the last axis, `other` beyond its edge; an axis of size 1 is shared by all places."""
+    places = _shared(places, ref.shape)
+    inside = _range(first, size) < ref.shape[-1]
+    return plgpu.load(ref.at[(*places, pl.ds(first, size))], mask=inside, other=jnp.asarray(other, ref.dtype))
+
+
+def _store_vector(ref: Any, places: tuple[Any, ...], first: Any, value: jax.Array) -> None:
+    inside = _range(first, value.size) < ref.shape[-1]
+    plgpu.store(ref.at[(*places, pl.ds(first, value.size))], value, mask=inside)
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _logits(
+    refs: Operands, plan: _Plan, at: _Tile, query: jax.Array, key: jax.Array, masked: bool = True
+) -> tuple[jax.Array, jax.Array | float]:
+    """A tile (rows, keys) of biased logits, -inf where masked, and the slope d logits / d (query . key)."""
+    product = _dot(query, key, (1, 1))
+    cap, scale = plan.options.logit_softcap, plan.options.scale
+    if cap is None:
+        logits, slope = product * (scale * _LOG2E), scale
+    else:
+        tanh = jnp.tanh(product * (scale / cap))
+        logits, slope = tanh * (cap * _LOG2E), scale - scale * tanh * tanh
+    if refs.bias is not None:
+        logits += _bias(refs.bias, plan, at).astype(jnp.float32) * _LOG2E
+    mask = _mask(refs, plan, at) if masked else None
+    return logits if mask is None else jnp.where(mask, logits, -jnp.inf), slope
+
+
+def _bias(ref: Any, plan: _Plan, at: _Tile) -> jax.Array:
+    """The bias of a tile, of a shape that broadcasts to it."""
+    rows, keys = plan.blocks.rows, plan.blocks.keys
+    batch, head, row, key = _shared((at.batch, at.head, at.first_row, at.first_key), ref.shape)
+    if ref.shape[2] == 1 and ref.shape[3] == 1:
+        return plgpu.load(ref.at[batch, head, row, key])
+    if ref.shape[2] == 1:
+        return _load_vector(ref, (batch, head, row), key, keys)[None]
+    inside_rows = _range(row, rows) < ref.shape[2]
+    if ref.shape[3] == 1:
+        return plgpu.load(ref.at[batch, head, pl.ds(row, rows), key], mask=inside_rows, other=0.0)[:, None]
+    inside = inside_rows[:, None] & (_range(key, keys) < ref.shape[3])[None]
+    return plgpu.load(ref.at[batch, head, pl.ds(row, rows), pl.ds(key, keys)], mask=inside, other=0.0)
+
+
+def _mask(refs: Operands, plan: _Plan, at: _Tile) -> jax.Array | None:
+    rows, keys = plan.blocks.rows, plan.blocks.keys
+    key_index = _range(at.first_key, keys)
+
+    def of_rows(ref: Any) -> jax.Array | None:
+        return None if ref is None else _load_vector(ref, (at.batch,), at.first_row, rows)[:, None]
+
+    def of_keys(ref: Any) -> jax.Array | None:
+        return None if ref is None else _load_vector(ref, (at.batch,), at.first_key, keys)[None]
+
+    mask = visible(
+        plan.options,
+        _tokens(plan, at)[:, None] if refs.query_positions is None else of_rows(refs.query_positions),
+        key_index[None] if refs.key_positions is None else of_keys(refs.key_positions),
+        of_rows(refs.query_segment_ids),
+        of_keys(refs.key_segment_ids),
+        None if refs.prefix_lengths is None else refs.prefix_lengths[at.batch],
+        key_index[None],
+        None if refs.key_lengths is None else refs.key_lengths[at.batch],
+    )
+    if plan.keys % keys:
+        exists = (key_index < plan.keys)[None]
+        mask = exists if mask is None else mask & exists
+    return None if mask is None else jnp.broadcast_to(mask, (rows, keys))
+
+
+def _tokens(plan: _Plan, at: _Tile) -> jax.Array:
+    """(rows,) indices of the queries."""
+    row = _range(at.first_row, plan.blocks.rows)
+    return row if plan.fold == 1 else jax.lax.div(row, plan.fold)
+
+
+def _kept(refs: Operands, plan: _Plan, at: _Tile) -> jax.Array:
+    """The weights of a tile that dropout keeps."""
+    head = at.head
+    if plan.fold > 1:
+        head = (at.head * plan.fold + jax.lax.rem(_range(at.first_row, plan.blocks.rows), plan.fold))[:, None]
+    head = at.batch * (plan.heads * plan.fold) + head
+    key_index = _range(at.first_key, plan.blocks.keys)
+    uniform = hash_uniform(refs.dropout_seed[...], head, _tokens(plan, at)[:, None], key_index[None])
+    return uniform >= plan.options.dropout_rate
+
+
+def _key_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Any, Any, Any]:
+    """Key blocks (first, unmasked, last) of a tile's rows: those in [unmasked, last) need a mask, none are beyond."""
+    options, rows, keys = plan.options, plan.blocks.rows, plan.blocks.keys
+    low = jax.lax.div(at.first_row, plan.fold)
+    high = jax.lax.div(at.first_row + rows - 1, plan.fold)
+    if refs.query_positions is not None:
+        positions = _load_vector(refs.query_positions, (at.batch,), at.first_row, rows)
+        inside = _range(at.first_row, rows) < plan.rows
+        low = jnp.min(jnp.where(inside, positions, jnp.iinfo(jnp.int32).max))
+        high = jnp.max(jnp.where(inside, positions, jnp.iinfo(jnp.int32).min))
+    first, unmasked, last = 0, plan.keys, plan.keys
+    if refs.key_positions is None:  # else a key's index says nothing of its position
+        if options.causal:
+            prefix = 0 if refs.prefix_lengths is None else refs.prefix_lengths[at.batch]
+            unmasked = jnp.minimum(unmasked, jnp.maximum(low + 1, prefix))
+            last = jnp.minimum(last, jnp.maximum(high + 1, prefix))
+        left, right = options.window or (None, None)
+        if left is not None:
+            first = jnp.maximum(low - left, 0)
+        if right is not None:
+            last = jnp.minimum(last, high + (right + 1))
+    if refs.key_lengths is not None:
+        unmasked = jnp.minimum(unmasked, refs.key_lengths[at.batch])
+        last = jnp.minimum(last, refs.key_lengths[at.batch])
+    first, last = jax.lax.div(first, keys), jax.lax.div(jnp.maximum(last, 0) + (keys - 1), keys)
+    always_masked = (
+        options.window is not None or refs.query_segment_ids is not None or
+        (options.causal and (refs.query_positions is not None or refs.key_positions is not None))
+    )  # fmt: skip
+    if always_masked:
+        return first, first, last
+    return first, jnp.clip(jax.lax.div(jnp.maximum(unmasked, 0), keys), first, last), last
+
+
+def _over_key_blocks(body: Any, ranges: tuple[Any, Any, Any], carry: Any) -> Any:
+    """Runs body(block, carry, masked=...) over the key blocks, without a mask where none is needed."""
+    first, unmasked, last = ranges
+    if unmasked is not first:
+        carry = jax.lax.fori_loop(first, unmasked, partial(body, masked=False), carry)
+    return jax.lax.fori_loop(unmasked, last, partial(body, masked=True), carry)
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def _forward_kernel(refs: Operands, out_ref: Any, logsumexp_ref: Any, *, plan: _Plan, splits: int) -> None:
+    rows, keys = plan.blocks.rows, plan.blocks.keys
+    batch, head, split, row_block = _program(plan.batch, plan.heads, splits, plan.row_blocks)
+    if plan.options.causal:
+        row_block = plan.row_blocks - 1 - row_block  # the longest rows first: they would be the last to end
+    at = _Tile(batch, head, row_block * rows, 0)
+    key_head = jax.lax.div(head, plan.group)
+    query = _load_matrix(refs.query, batch, at.first_row, rows, head)
+
+    def body(block: jax.Array, carry: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
+        maximum, denominator, total = carry
+        here = at._replace(first_key=block * keys)
+        key = _load_matrix(refs.key, batch, here.first_key, keys, key_head, masked)
+        logits, _ = _logits(refs, plan, here, query, key, masked)
+        new_maximum = jnp.maximum(maximum, logits.max(axis=1))
+        weights = jnp.exp2(logits - new_maximum[:, None])
+        shrink = jnp.exp2(maximum - new_maximum)
+        denominator = denominator * shrink + weights.sum(axis=1)
+        if plan.options.dropout_rate > 0:
+            weights = jnp.where(_kept(refs, plan, here), weights, 0.0)
+        value = _load_matrix(refs.value, batch, here.first_key, keys, key_head, masked)
+        total = total * shrink[:, None] + _dot(weights.astype(value.dtype), value)
+        return new_maximum, denominator, total
+
+    first, unmasked, last = _key_blocks(refs, plan, at)
+    if splits > 1:
+        size = pl.cdiv(plan.key_blocks, splits)
+        first, last = jnp.maximum(first, split * size), jnp.minimum(last, (split + 1) * size)
+        unmasked = jnp.clip(unmasked, first, jnp.maximum(first, last))
+    carry = (
+        jnp.full((rows,), NEGATIVE_INFINITY, jnp.float32),  # finite: of a row yet empty, exp2(-inf - maximum) is 0
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, max(pl.next_power_of_2(plan.value_width), 16)), jnp.float32),
+    )
+    maximum, denominator, total = _over_key_blocks(body, (first, unmasked, last), carry)
+    if refs.sinks is not None:
+        sink = refs.sinks[head].astype(jnp.float32) * _LOG2E
+        new_maximum = jnp.maximum(maximum, sink)
+        shrink = jnp.exp2(maximum - new_maximum)
+        denominator = denominator * shrink + jnp.exp2(sink - new_maximum)
+        total, maximum = total * shrink[:, None], new_maximum
+    empty = denominator == 0
+    denominator = jnp.where(empty, 1.0, denominator)
+    out = total / (denominator * (1 - plan.options.dropout_rate))[:, None]
+    _store_matrix(out_ref, (split, batch), at.first_row, head, out)
+    logsumexp = jnp.where(empty, -jnp.inf, maximum / _LOG2E + jnp.log(denominator))
+    _store_vector(logsumexp_ref, (split, batch, head), at.first_row, logsumexp)
+
+
+def _fold(operands: Operands, fold: int) -> Operands:
+    """Rows (query, head of a group) in the place of queries, key heads in the place of heads."""
+    batch, queries, heads, width = operands.query.shape
+    key_heads = heads // fold
+    query = operands.query.reshape(batch, queries, key_heads, fold, width).swapaxes(2, 3)
+
+    def repeat(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else jnp.repeat(array, fold, axis=1)
+
+    bias = operands.bias
+    if bias is not None and bias.shape[1] > 1:
+        batches, _, length, keys = bias.shape
+        bias = bias.reshape(batches, key_heads, fold, length, keys).swapaxes(2, 3)
+        bias = jnp.broadcast_to(bias, (batches, key_heads, queries, fold, keys))
+        bias = bias.reshape(batches, key_heads, queries * fold, keys)
+    elif bias is not None and bias.shape[2] > 1:
+        bias = jnp.repeat(bias, fold, axis=2)
+    return operands._replace(
+        query=query.reshape(batch, queries * fold, key_heads, width),
+        bias=bias,
+        query_positions=repeat(operands.query_positions),
+        query_segment_ids=repeat(operands.query_segment_ids),
+    )
+
+
+def _combine(
+    out: jax.Array, logsumexp: jax.Array, sinks: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """The softmax over all keys from those over each part of them: (parts, B, T, H, E), (parts, B, H, T)."""
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (1, *logsumexp.shape[1:]))
+        logsumexp = jnp.concatenate([logsumexp, sink])
+    total = jax.nn.logsumexp(logsumexp, axis=0)
+    weights = jnp.exp(logsumexp - jnp.where(jnp.isneginf(total), 0, total))[: out.shape[0]]
+    return jnp.einsum("pbthe,pbht->bthe", out, weights, precision="highest").astype(dtype), total
+
+
+# --------------------------------------------------------------------------------------------------------- backward
+
+
+class _Residuals(NamedTuple):
+    """What the backward kernels read beside the operands."""
+
+    d_out: jax.Array  # (B, T, H, E)
+    logsumexp: jax.Array  # (B, H, T) base 2, +inf for a row that sees nothing
+    delta: jax.Array  # (B, H, T) sum of probabilities * d_probabilities = sum of out * d_out, less d_logsumexp
+    d_logsumexp: jax.Array  # (B, H, T)
+
+
+class _RowTile(NamedTuple):
+    """The rows of a tile, loaded."""
+
+    query: jax.Array
+    d_out: jax.Array
+    logsumexp: jax.Array
+    delta: jax.Array
+
+
+def _load_rows(refs: Operands, residuals: _Residuals, plan: _Plan, at: _Tile) -> _RowTile:
+    rows, places = plan.blocks.rows, (at.batch, at.head)
+    return _RowTile(
+        _load_matrix(refs.query, at.batch, at.first_row, rows, at.head),
+        _load_matrix(residuals.d_out, at.batch, at.first_row, rows, at.head),
+        _load_vector(residuals.logsumexp, places, at.first_row, rows, other=jnp.inf),
+        _load_vector(residuals.delta, places, at.first_row, rows),
+    )
+
+
+class _Gradients(NamedTuple):
+    """Tiles (rows, keys)."""
+
+    probabilities: jax.Array
+    weights: jax.Array  # the same after dropout
+    d_probabilities: jax.Array
+    d_logits: jax.Array  # biased ones
+    slope: jax.Array | float  # d logits / d (query . key)
+
+
+def _gradients(
+    refs: Operands, plan: _Plan, at: _Tile, of_rows: _RowTile, key: jax.Array, value: jax.Array, masked: bool = True
+) -> _Gradients:
+    logits, slope = _logits(refs, plan, at, of_rows.query, key, masked)
+    probabilities = jnp.exp2(logits - of_rows.logsumexp[:, None])
+    d_probabilities = _dot(of_rows.d_out, value, (1, 1))
+    weights = probabilities
+    if plan.options.dropout_rate > 0:
+        factor = jnp.where(_kept(refs, plan, at), 1 / (1 - plan.options.dropout_rate), 0.0)
+        weights, d_probabilities = weights * factor, d_probabilities * factor
+    d_logits = probabilities * (d_probabilities - of_rows.delta[:, None])
+    return _Gradients(probabilities, weights, d_probabilities, d_logits, slope)
+
+
+def _d_query_kernel(
+    refs: Operands, residuals: _Residuals, d_query_ref: Any, delta_ref: Any, d_bias_ref: Any, *, plan: _Plan
+) -> None:
+    """Gradient of the query; with `delta_ref`, also delta to float32 precision.
+
+    An output rounded to bfloat16 gives delta an error that does not cancel in rows of few keys. Where d logits were
+    made with such a delta, what they lack is (exact delta - delta) * probabilities, which is known at the end.
+    """
+    rows, keys = plan.blocks.rows, plan.blocks.keys
+    batch, head, row_block = _program(plan.batch, plan.heads, plan.row_blocks)
+    if plan.options.causal:
+        row_block = plan.row_blocks - 1 - row_block
+    at = _Tile(batch, head, row_block * rows, 0)
+    key_head = jax.lax.div(head, plan.group)
+    of_rows = _load_rows(refs, residuals, plan, at)
+
+    def body(block: jax.Array, sums: dict[str, jax.Array], masked: bool) -> dict[str, jax.Array]:
+        here = at._replace(first_key=block * keys)
+        key = _load_matrix(refs.key, batch, here.first_key, keys, key_head, masked)
+        value = _load_matrix(refs.value, batch, here.first_key, keys, key_head, masked)
+        tile = _gradients(refs, plan, here, of_rows, key, value, masked)
+        new = {"d_query": _dot((tile.d_logits * tile.slope).astype(key.dtype), key)}
+        if delta_ref is not None:
+            new["keys"] = _dot((tile.probabilities * tile.slope).astype(key.dtype), key)
+            new["delta"] = (tile.probabilities * tile.d_probabilities).sum(axis=1)
+        if d_bias_ref is not None:
+            new["d_bias"], new["probability"] = tile.d_logits.sum(axis=1), tile.probabilities.sum(axis=1)
+        return {name: sums[name] + term for name, term in new.items()}
+
+    names = (
+        ["d_query"] + ["keys", "delta"] * (delta_ref is not None) + ["d_bias", "probability"] * (d_bias_ref is not None)
+    )
+    shapes = {"d_query": of_rows.query.shape, "keys": of_rows.query.shape}
+    sums = {name: jnp.zeros(shapes.get(name, (rows,)), jnp.float32) for name in names}
+    sums = _over_key_blocks(body, _key_blocks(refs, plan, at), sums)
+    d_query, correction = sums["d_query"], None
+    if delta_ref is not None:
+        delta = sums["delta"] - _load_vector(residuals.d_logsumexp, (batch, head), at.first_row, rows)
+        correction = delta - of_rows.delta
+        d_query -= correction[:, None] * sums["keys"]
+        _store_vector(delta_ref, (batch, head), at.first_row, delta)
+    _store_matrix(d_query_ref, (batch,), at.first_row, head, d_query)
+    if d_bias_ref is not None:
+        d_bias = sums["d_bias"] if correction is None else sums["d_bias"] - correction * sums["probability"]
+        _store_vector(d_bias_ref, (batch, head), at.first_row, d_bias)
+
+
+def _row_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Any, Any]:
+    """Row blocks [first, last) of which some row may see some key of the tile."""
+    options, rows, keys = plan.options, plan.blocks.rows, plan.blocks.keys
+    first, last = 0, plan.rows
+    if refs.query_positions is None and refs.key_positions is None:
+        if options.causal:
+            first = at.first_key
+            if refs.prefix_lengths is not None:
+                first = jnp.where(at.first_key < refs.prefix_lengths[at.batch], 0, first)
+        left, right = options.window or (None, None)
+        if left is not None:
+            last = jnp.minimum(last, at.first_key + (keys + left))
+        if right is not None:
+            first = jnp.maximum(first, at.first_key - right)
+    if refs.key_lengths is not None:
+        last = jnp.where(at.first_key < refs.key_lengths[at.batch], last, 0)
+    return jax.lax.div(first, rows), jax.lax.div(last + (rows - 1), rows)
+
+
+def _d_key_value_kernel(
+    refs: Operands, residuals: _Residuals, d_key_ref: Any, d_value_ref: Any, d_bias_ref: Any, *, plan: _Plan
+) -> None:
+    rows, keys = plan.blocks.rows, plan.blocks.keys
+    batch, key_head, key_block = _program(plan.batch, plan.key_heads, plan.key_blocks)
+    at = _Tile(batch, key_head, 0, key_block * keys)
+    key = _load_matrix(refs.key, batch, at.first_key, keys, key_head)
+    value = _load_matrix(refs.value, batch, at.first_key, keys, key_head)
+    first, last = _row_blocks(refs, plan, at)
+
+    def of_head(member: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        head = key_head * plan.group + member
+
+        def body(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            d_key, d_value, d_bias = carry
+            here = at._replace(head=head, first_row=block * rows)
+            of_rows = _load_rows(refs, residuals, plan, here)
+            tile = _gradients(refs, plan, here, of_rows, key, value)
+            d_value += _dot(tile.weights.astype(key.dtype), of_rows.d_out, (0, 0))
+            d_key += _dot((tile.d_logits * tile.slope).astype(key.dtype), of_rows.query, (0, 0))
+            if d_bias_ref is not None:
+                d_bias += tile.d_logits.sum(axis=0)
+            return d_key, d_value, d_bias
+
+        *sums, d_bias = jax.lax.fori_loop(first, last, body, (*carry, jnp.zeros((keys,), jnp.float32)))
+        if d_bias_ref is not None:
+            _store_vector(d_bias_ref, (batch, head), at.first_key, d_bias)
+        return tuple(sums)
+
+    carry = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    d_key, d_value = jax.lax.fori_loop(0, plan.group, of_head, carry)
+    _store_matrix(d_key_ref, (batch,), at.first_key, key_head, d_key)
+    _store_matrix(d_value_ref, (batch,), at.first_key, key_head, d_value)
+
+
+def _d_bias_kernel(refs: Operands, residuals: _Residuals, d_bias_ref: Any, *, plan: _Plan) -> None:
+    """A tile of the gradient of a bias that has both rows and keys, summed over the batch and heads that share it."""
+    rows, keys = plan.blocks.rows, plan.blocks.keys
+    batches, heads = d_bias_ref.shape[:2]
+    batch, head, row_block, key_block = _program(batches, heads, plan.row_blocks, plan.key_blocks)
+    first_row, first_key = row_block * rows, key_block * keys
+
+    def body(index: jax.Array, total: jax.Array) -> jax.Array:
+        at = _Tile(
+            batch if batches > 1 else jax.lax.div(index, 1 if heads > 1 else plan.heads),
+            head if heads > 1 else jax.lax.rem(index, plan.heads),
+            first_row, first_key,
+        )  # fmt: skip
+        key_head = jax.lax.div(at.head, plan.group)
+        key = _load_matrix(refs.key, at.batch, first_key, keys, key_head)
+        value = _load_matrix(refs.value, at.batch, first_key, keys, key_head)
+        return total + _gradients(refs, plan, at, _load_rows(refs, residuals, plan, at), key, value).d_logits
+
+    shared = (1 if batches > 1 else plan.batch) * (1 if heads > 1 else plan.heads)
+    total = jax.lax.fori_loop(0, shared, body, jnp.zeros((rows, keys), jnp.float32))
+    inside = (_range(first_row, rows) < plan.rows)[:, None] & (_range(first_key, keys) < plan.keys)[None]
+    plgpu.store(d_bias_ref.at[batch, head, pl.ds(first_row, rows), pl.ds(first_key, keys)], total, mask=inside)

@@ -116,6 +116,10 @@ def check(operands: Operands, options: Options) -> None:
         raise ValueError("query_segment_ids and key_segment_ids are given together")
     full = (batch, heads, queries, keys)
     bias = operands.bias
+    for name in ("bias", "sinks"):
+        array = getattr(operands, name)
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {array.dtype}")
     if bias is not None and (bias.ndim != 4 or any(b not in (1, f) for b, f in zip(bias.shape, full, strict=True))):
         raise ValueError(f"bias must broadcast to (batch, heads, queries, keys) = {full}, got {bias.shape}")
     expected = {
@@ -131,3 +135,5 @@ def check(operands: Operands, options: Options) -> None:
         array = getattr(operands, name)
         if array is not None and array.shape not in shapes:
             raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {array.shape}")
+        if array is not None and name != "sinks" and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers, got {array.dtype}")
