@@ -1,0 +1,85 @@
+"""Linear attention, one chunk at a time, exact for any length of chunk: what XLA, Mosaic and Triton all run.
+
+Within a chunk tokens attend as in attention without its softmax; what came before reaches them through the state
+(Katharopoulos et al. 2020; with decays: Sun et al. 2023, "RetNet"; Yang et al. 2024, "GLA"; Dao and Gu 2024, "SSD").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.linear_attention.features import Options, pointwise, taylor_tile
+from kernels.recurrent import tile
+from kernels.recurrent.tile import product
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """`kernels.recurrent.Chunk` of linear attention: state (S^T (E, F), z (1, F))."""
+
+    options: Options
+    name: str = "linear_attention"
+    value_states: tuple[bool, ...] = (True, False)
+
+    def __call__(
+        self, state: tuple[jax.Array, ...], inputs: dict[str, jax.Array], tokens: jax.Array | None, dtype: Any
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """One chunk.
+
+        Args:
+          state: before it.
+          inputs: query and key (time, D), value (time, E), and where there is one the log decay: "decay" (1, time) or
+            "channel_decay" (time, D).
+          tokens: how many exist, None for all.
+          dtype: of the factors of matrix products.
+
+        Returns:
+          The state after it and out (time, E).
+        """
+        options, (memory, key_sum) = self.options, state
+        query, key, value = inputs["query"], inputs["key"], inputs["value"]
+        decay, channel_decay = inputs.get("decay"), inputs.get("channel_decay")
+        row, column = tile.places(query.shape[0], query.shape[0])
+        scale = options.scale
+        if options.feature_map == "taylor":
+            query, key, scale = query * math.sqrt(scale), key * math.sqrt(scale), 1.0
+        query, key = pointwise(query, options.feature_map), pointwise(key, options.feature_map)
+        if channel_decay is not None:
+            weights = tile.decayed_products(query, key, channel_decay, dtype)
+        else:
+            weights = product(query, key, (1, 1), dtype)
+            if options.feature_map == "taylor":
+                weights = 1 + weights + 0.5 * weights * weights
+                query, key = (taylor_tile(x, memory.shape[1], dtype) for x in (query, key))
+            if decay is not None:
+                weights *= tile.decay_between(decay)
+            weights = jnp.where(row >= column, weights, 0.0)
+        if tokens is not None:  # the features of a zero need not be zero
+            token = jax.lax.broadcasted_iota(jnp.int32, key.shape, 0)
+            key = jnp.where(token < tokens, key, 0.0)
+
+        carry = None
+        if channel_decay is not None:
+            query *= jnp.exp(tile.select((row >= column).astype(jnp.float32), channel_decay, 1, dtype))
+            key *= jnp.exp(tile.select((row < column).astype(jnp.float32), channel_decay, 1, dtype))
+            carry = jnp.exp(jnp.sum(channel_decay, axis=0, keepdims=True))
+        elif decay is not None:
+            query *= tile.decay_since_start(decay)
+            key *= tile.decay_until_end(decay)
+            carry = jnp.exp(jnp.sum(decay, axis=1, keepdims=True))
+
+        out = product(weights, value, (1, 0), dtype) + product(query, memory, (1, 1), dtype)
+        if options.normalize:
+            denominator = jnp.sum(weights, axis=1, keepdims=True) + jnp.sum(query * key_sum, axis=1, keepdims=True)
+            out /= denominator + options.epsilon / scale
+        else:
+            out *= scale
+        if carry is not None:
+            memory, key_sum = memory * carry, key_sum * carry
+        memory += product(value, key, (0, 0), dtype)
+        return (memory, key_sum + jnp.sum(key, axis=0, keepdims=True)), out

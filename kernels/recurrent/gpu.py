@@ -1,0 +1,2 @@
+def forward(*a, **k): raise NotImplementedError
+backward = forward
