@@ -7,13 +7,12 @@ Yang et al. 2025, "Gated Delta Networks"): what each token of a chunk writes sol
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels.recurrent import tile
-from kernels.recurrent.tile import product
+from kernels.recurrent.tile import Arithmetic, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,11 @@ class Chunk:
     value_states: tuple[bool, ...] = (True,)
 
     def __call__(
-        self, state: tuple[jax.Array, ...], inputs: dict[str, jax.Array], tokens: jax.Array | None, dtype: Any
+        self,
+        state: tuple[jax.Array, ...],
+        inputs: dict[str, jax.Array],
+        tokens: jax.Array | None,
+        arithmetic: Arithmetic,
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """One chunk.
 
@@ -33,7 +36,7 @@ class Chunk:
           state: before it.
           inputs: query and key (time, D), value (time, E), beta (1, time) and, where there is one, log decay (1, time).
           tokens: how many exist, None for all.
-          dtype: of the factors of matrix products; the triangular system stays float32.
+          arithmetic: of matrix products; the triangular system is solved to 16 bits at least.
 
         Returns:
           The state after it and out (time, E).
@@ -42,19 +45,19 @@ class Chunk:
         query, key, value, decay = inputs["query"], inputs["key"], inputs["value"], inputs.get("decay")
         row, column = tile.places(query.shape[0], query.shape[0])
         beta = tile.as_column(inputs["beta"])
-        overlap, weights = product(key, key, (1, 1), dtype), product(query, key, (1, 1), dtype)
+        overlap, weights = product(key, key, (1, 1), arithmetic), product(query, key, (1, 1), arithmetic)
         recalling = writing = key
         if decay is not None:
-            between, since_start = tile.decay_between(decay), tile.decay_since_start(decay)
+            between, since_start = tile.decay_between(decay, arithmetic), tile.decay_since_start(decay)
             overlap, weights = overlap * between, weights * between
             recalling, query = key * since_start, query * since_start
             writing = key * tile.decay_until_end(decay)
-        inverse = tile.unit_triangular_inverse(jnp.where(row > column, beta * overlap, 0.0))
+        inverse = tile.unit_triangular_inverse(jnp.where(row > column, beta * overlap, 0.0), arithmetic)
         # Of each token, its value less what the memory recalls, and less what the tokens before it in the chunk write.
-        surprise = beta * (value - product(recalling, memory, (1, 1), dtype))
-        written = product(inverse, surprise, (1, 0), dtype)
-        out = product(query, memory, (1, 1), dtype)
-        out += product(jnp.where(row >= column, weights, 0.0), written, (1, 0), dtype)
+        surprise = beta * (value - product(recalling, memory, (1, 1), arithmetic))
+        written = product(inverse, surprise, (1, 0), arithmetic)
+        out = product(query, memory, (1, 1), arithmetic)
+        out += product(jnp.where(row >= column, weights, 0.0), written, (1, 0), arithmetic)
         if decay is not None:
             memory = memory * jnp.exp(jnp.sum(decay, axis=1, keepdims=True))
-        return (memory + product(written, writing, (0, 0), dtype),), self.scale * out
+        return (memory + product(written, writing, (0, 0), arithmetic),), self.scale * out

@@ -102,6 +102,6 @@ def linear_attention(
     if decay is not None:
         inputs["decay" if decay.ndim == 3 else "channel_decay"] = decay
     out, (memory, key_sum) = recurrent.run(
-        inputs, (memory.swapaxes(2, 3), key_sum[:, :, None]), Chunk(options), chunk_size, implementation
+        inputs, (memory.swapaxes(2, 3), key_sum[:, :, None]), Chunk(options, width), chunk_size, implementation
     )
     return out, LinearAttentionState(memory.swapaxes(2, 3), key_sum[:, :, 0])

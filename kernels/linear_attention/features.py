@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.recurrent.tile import places, product
+from kernels.recurrent.tile import Arithmetic, places, product
 
 FeatureMap = Literal["identity", "elu", "relu", "taylor"]
 
@@ -63,28 +63,26 @@ def taylor_features(x: jax.Array, *, packed: bool = True) -> jax.Array:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, squares], axis=-1)
 
 
-def taylor_tile(x: jax.Array, size: int, dtype: Any) -> jax.Array:
-    """`taylor_features` of a matrix (time, D), padded with zeros to (time, size), without a reshape or a gather.
+def taylor_tile(x: jax.Array, width: int, size: int, arithmetic: Arithmetic) -> jax.Array:
+    """`taylor_features` of a matrix (time, width or more), padded with zeros to (time, size), without reshape or gather.
 
     Every feature is a product of two factors, each a channel or 1; two products with matrices of 0 and 1 fetch them.
     """
-    width = x.shape[1]
-    channel, feature = places(width, size)
+    channel, feature = places(x.shape[1], size)
     pair = feature - (1 + width)
     start = channel * width - ((channel * (channel - 1)) >> 1)  # of the pairs (a, a), (a, a + 1), ...
-    in_run = (pair >= start) & (pair < start + width - channel)
+    in_run = (channel < width) & (pair >= start) & (pair < start + width - channel)
     # Each feature's first channel, and how far the second lies beyond it: sums with one term, or none.
     first = jnp.sum(jnp.where(in_run, channel, 0), axis=0, keepdims=True)
     beyond = jnp.sum(jnp.where(in_run, pair - start, 0), axis=0, keepdims=True)
     place = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
     is_pair = (place > width) & (place < feature_size("taylor", width))
-    linear = channel == feature - 1
+    linear = (channel < width) & (channel == feature - 1)
 
     def fetch(mask: jax.Array) -> jax.Array:
-        return product(x, mask.astype(jnp.float32), (1, 0), dtype)
+        return product(x, mask.astype(jnp.float32), (1, 0), arithmetic)
 
     left = fetch(in_run | linear) + (place == 0).astype(jnp.float32)
     right = fetch(is_pair & (channel == first + beyond)) + (place <= width).astype(jnp.float32)
     weight = jnp.where(is_pair & (beyond == 0), math.sqrt(0.5), 1.0)
     return left * right * weight
-

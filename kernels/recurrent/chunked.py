@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_tokens, pad_time, repeat_heads, sum_heads
+from kernels.recurrent.tile import FLOAT32
 
 
 def _cut(array: jax.Array, length: int, heads: int) -> jax.Array:
@@ -34,7 +35,7 @@ def _indices(time: int, length: int) -> jax.Array:
 def _step(chunk: Chunk, state: State, inputs: Inputs, tokens: jax.Array | None) -> tuple[State, jax.Array]:
     """All heads' chunk."""
     inputs = {name: x.astype(jnp.float32) for name, x in inputs.items()}
-    return jax.vmap(jax.vmap(lambda state, inputs: chunk(state, inputs, tokens, jnp.float32)))(state, inputs)
+    return jax.vmap(jax.vmap(lambda state, inputs: chunk(state, inputs, tokens, FLOAT32)))(state, inputs)
 
 
 def forward(

@@ -1,2 +1,275 @@
-def forward(*a, **k): raise NotImplementedError
-backward = forward
+"""The loop over chunks as a Pallas-Triton kernel for NVIDIA GPUs: a program a head and block of the value's channels.
+
+The state stays in registers, so a program takes only as many of the value's channels as fit there; a state's rows know
+nothing of each other. What does not depend on the value is computed by each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_tokens, pad_time, sum_heads
+from kernels.recurrent.tile import BFLOAT16, FLOAT32, Arithmetic
+
+_LEAST = 16  # rows and columns of a product on the tensor cores
+# Numbers of a program's state, by kernel: what 8 warps hold in registers beside a chunk's inputs and its products.
+_STATE_SIZE = {"forward": 8192, "backward": 4096}
+_WARPS = 8
+# float32 on the tensor cores: each factor in two parts, three products.
+_THREE_TF32 = Arithmetic(jnp.float32, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+
+
+def _padded(width: int) -> int:
+    return max(pl.next_power_of_2(width), _LEAST)
+
+
+def _pad_width(array: jax.Array, rows: bool = False) -> jax.Array:
+    """With zeros up to a power of 2 along the last axis, and with `rows` along the one before it."""
+    pads = [(0, 0)] * array.ndim
+    for axis in (-2, -1) if rows else (-1,):
+        pads[axis] = (0, _padded(array.shape[axis]) - array.shape[axis])
+    return jnp.pad(array, pads) if any(high for _, high in pads) else array
+
+
+class _Plan(NamedTuple):
+    """What a kernel knows when it is traced."""
+
+    batch: int
+    time: int
+    heads: int
+    length: int  # of a chunk
+    value_block: int
+    splits: int  # blocks of the value's channels
+    value_states: tuple[bool, ...]
+    arithmetic: Arithmetic
+
+    @property
+    def chunks(self) -> int:
+        return pl.cdiv(self.time, self.length)
+
+
+def _plan(inputs: Inputs, state: State, chunk: Chunk, chunk_size: int, kernel: str, interpret: bool) -> _Plan:
+    batch, time, heads = inputs["query"].shape[:3]
+    value = inputs["value"]
+    columns = max(_padded(x.shape[-1]) for x in state)
+    block = min(max(_STATE_SIZE[kernel] // columns, _LEAST), _padded(value.shape[3]))
+    arithmetic = BFLOAT16 if value.dtype == jnp.bfloat16 else FLOAT32 if interpret else _THREE_TF32
+    length = chunk_length(time, chunk_size, _LEAST)
+    return _Plan(
+        batch, time, heads, length, block, _padded(value.shape[3]) // block, chunk.value_states, arithmetic
+    )  # fmt: skip
+
+
+class _Place(NamedTuple):
+    """Which head and block of the value's channels a program computes."""
+
+    batch: jax.Array
+    head: jax.Array
+    split: jax.Array
+
+
+def _place(plan: _Plan) -> _Place:
+    index = pl.program_id(0)
+    head = jax.lax.div(index, plan.splits)
+    return _Place(
+        jax.lax.div(head, plan.heads), jax.lax.rem(head, plan.heads), jax.lax.rem(index, plan.splits)
+    )  # fmt: skip
+
+
+def _channels(plan: _Plan, at: _Place) -> Any:
+    return pl.ds(at.split * plan.value_block, plan.value_block)
+
+
+def _tokens(plan: _Plan, n: jax.Array) -> Any:
+    return pl.ds(n * plan.length, plan.length)
+
+
+def _read(ref: Any, *index: Any) -> jax.Array:
+    return plgpu.load(ref.at[index]).astype(jnp.float32)
+
+
+def _write(ref: Any, value: jax.Array, *index: Any) -> None:
+    plgpu.store(ref.at[index], value.astype(ref.dtype))
+
+
+def _read_inputs(refs: dict[str, Any], plan: _Plan, at: _Place, n: jax.Array) -> Inputs:
+    inputs = {}
+    for name, ref in refs.items():
+        group = plan.heads // ref.shape[2]
+        index = (at.batch, _tokens(plan, n), jax.lax.div(at.head, group))
+        if len(ref.shape) == 3:
+            inputs[name] = _read(ref, *index)[None]
+        else:
+            inputs[name] = _read(ref, *index, _channels(plan, at) if name == "value" else slice(None))
+    return inputs
+
+
+def _state_index(plan: _Plan, at: _Place, of_value: bool) -> tuple[Any, Any]:
+    return (_channels(plan, at) if of_value else slice(None)), slice(None)
+
+
+def _read_state(refs: Any, plan: _Plan, at: _Place, *chunk: jax.Array) -> State:
+    return tuple(
+        _read(ref, at.batch, at.head, *chunk, *_state_index(plan, at, of_value))
+        for ref, of_value in zip(refs, plan.value_states, strict=True)
+    )
+
+
+def _write_state(refs: Any, state: State, plan: _Plan, at: _Place, *chunk: jax.Array) -> None:
+    # Programs of one head write the same numbers where a state does not depend on the value.
+    for ref, x, of_value in zip(refs, state, plan.value_states, strict=True):
+        _write(ref, x, at.batch, at.head, *chunk, *_state_index(plan, at, of_value))
+
+
+def _pad_states(states: State, plan: _Plan) -> State:
+    return tuple(_pad_width(x, rows=of_value) for x, of_value in zip(states, plan.value_states, strict=True))
+
+
+def _like(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _crop(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return array if array.shape == shape else array[tuple(slice(size) for size in shape)]
+
+
+def _prepare(inputs: Inputs, plan: _Plan) -> Inputs:
+    inputs = {name: pad_time(x, plan.length) for name, x in inputs.items()}
+    return {name: _pad_width(x) if x.ndim == 4 else x for name, x in inputs.items()}
+
+
+def _call(kernel: Callable[..., None], arguments: Any, out_shape: Any, plan: _Plan, name: str, interpret: bool) -> Any:
+    return pl.pallas_call(
+        kernel,
+        grid=(plan.batch * plan.heads * plan.splits,),
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+        interpret=interpret,
+        name=name,
+    )(*arguments)
+
+
+def forward(
+    inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int, save: bool, interpret: bool
+) -> tuple[jax.Array, State, State | None]:
+    """As `chunked.forward`."""
+    plan = _plan(inputs, state, chunk, chunk_size, "forward", interpret)
+
+    def kernel(inputs, state, out, final, states) -> None:
+        at = _place(plan)
+
+        def body(n: jax.Array, before: State) -> State:
+            if save:
+                _write_state(states, before, plan, at, n)
+            tokens = count_tokens(plan.time, plan.length, n)
+            # The primal half of a derivative, for Triton knows no `custom_vjp`.
+            (after, result), _ = jax.vjp(
+                lambda *x: chunk(*x, tokens, plan.arithmetic), before, _read_inputs(inputs, plan, at, n)
+            )
+            _write(out, result, at.batch, _tokens(plan, n), at.head, _channels(plan, at))
+            return after
+
+        _write_state(final, jax.lax.fori_loop(0, plan.chunks, body, _read_state(state, plan, at)), plan, at)
+
+    value = inputs["value"]
+    shape = (plan.batch, plan.time, plan.heads, value.shape[3])
+    padded = _pad_states(state, plan)
+    time = plan.chunks * plan.length
+    states = None
+    if save:
+        states = tuple(
+            jax.ShapeDtypeStruct((*x.shape[:2], plan.chunks, *x.shape[2:]), jnp.float32) for x in padded
+        )  # fmt: skip
+    out, final, states = _call(
+        kernel,
+        (_prepare(inputs, plan), padded),
+        (jax.ShapeDtypeStruct((plan.batch, time, plan.heads, _padded(shape[3])), value.dtype), _like(padded), states),
+        plan, f"{chunk.name}_gpu_forward", interpret,
+    )  # fmt: skip
+    final = tuple(_crop(x, like.shape) for x, like in zip(final, state, strict=True))
+    if states is not None:
+        states = tuple(
+            _crop(x, (*x.shape[:3], *like.shape[2:])) for x, like in zip(states, state, strict=True)
+        )  # fmt: skip
+    return _crop(out, shape), final, states
+
+
+def backward(
+    inputs: Inputs,
+    states: State,
+    d_out: jax.Array,
+    d_final: State,
+    *,
+    chunk: Chunk,
+    chunk_size: int,
+    interpret: bool,
+) -> tuple[Inputs, State]:
+    """As `chunked.backward`."""
+    plan = _plan(inputs, d_final, chunk, chunk_size, "backward", interpret)
+
+    def kernel(inputs, states, d_out, d_final, d_inputs, d_state) -> None:
+        at = _place(plan)
+
+        def body(step: jax.Array, d_after: State) -> State:
+            n = plan.chunks - 1 - step
+            tokens = count_tokens(plan.time, plan.length, n)
+            _, pull = jax.vjp(
+                lambda *x: chunk(*x, tokens, plan.arithmetic),
+                _read_state(states, plan, at, n),
+                _read_inputs(inputs, plan, at, n),
+            )
+            where = (at.batch, _tokens(plan, n), at.head)
+            d_before, d_chunk = pull((d_after, _read(d_out, *where, _channels(plan, at))))
+            for name, ref in d_inputs.items():
+                if name == "value":
+                    _write(ref, d_chunk[name], *where, _channels(plan, at))
+                elif d_chunk[name].shape[0] == 1 and len(ref.shape) == 4:
+                    _write(ref, d_chunk[name].reshape(plan.length), at.split, *where)
+                else:
+                    _write(ref, d_chunk[name], at.split, *where, slice(None))
+            return d_before
+
+        # One program of a head takes the gradient of a state that all of them compute.
+        d_after = tuple(
+            x if of_value else jnp.where(at.split == 0, x, 0.0)
+            for x, of_value in zip(_read_state(d_final, plan, at), plan.value_states, strict=True)
+        )
+        d_before = jax.lax.fori_loop(0, plan.chunks, body, d_after)
+        for ref, x, of_value in zip(d_state, d_before, plan.value_states, strict=True):
+            index = (at.batch, at.head, *_state_index(plan, at, of_value))
+            _write(ref, x, *(index if of_value else (at.split, *index)))
+
+    padded, prepared = _pad_states(d_final, plan), _prepare(inputs, plan)
+
+    def partial_sums(shape: tuple[int, ...], of_value: bool, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape if of_value else (plan.splits, *shape), dtype)
+
+    d_inputs, d_state = _call(
+        kernel,
+        (prepared, _pad_states(states, plan), _pad_width(pad_time(d_out, plan.length)), padded),
+        (
+            {name: partial_sums((*x.shape[:2], plan.heads, *x.shape[3:]), name == "value", x.dtype)
+             for name, x in prepared.items()},
+            tuple(partial_sums(x.shape, v, jnp.float32) for x, v in zip(padded, plan.value_states, strict=True)),
+        ),
+        plan, f"{chunk.name}_gpu_backward", interpret,
+    )  # fmt: skip
+
+    def total(x: jax.Array, of_value: bool) -> jax.Array:
+        return x if of_value else x[0] if plan.splits == 1 else x.astype(jnp.float32).sum(0).astype(x.dtype)
+
+    gradients = {}
+    for name, x in inputs.items():
+        summed = sum_heads(total(d_inputs[name], name == "value"), x.shape[2])
+        gradients[name] = _crop(summed, x.shape)
+    d_states = tuple(
+        _crop(total(x, of_value), like.shape)
+        for x, like, of_value in zip(d_state, d_final, plan.value_states, strict=True)
+    )
+    return gradients, d_states

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+
+from kernels.recurrent.tile import Arithmetic
 
 Inputs = dict[str, jax.Array]
 State = tuple[jax.Array, ...]
@@ -25,7 +27,7 @@ class Chunk(Protocol):
         ...
 
     def __call__(
-        self, state: State, inputs: Inputs, tokens: jax.Array | None, dtype: Any
+        self, state: State, inputs: Inputs, tokens: jax.Array | None, arithmetic: Arithmetic
     ) -> tuple[State, jax.Array]:
         """From float32 matrices to float32 matrices.
 
@@ -33,7 +35,7 @@ class Chunk(Protocol):
           state: before the chunk.
           inputs: of its tokens.
           tokens: how many of them exist, the others' inputs are zeros; None for all.
-          dtype: of the factors of large products.
+          arithmetic: of large products.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +16,70 @@ import jax.numpy as jnp
 STRONGEST_DECAY = -120.0  # exp(-120) is 0 in float32; stands for any log decay below it, -inf included
 
 
-def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+class Arithmetic(NamedTuple):
+    """How a platform multiplies matrices. Sums are float32."""
+
+    dtype: Any  # of the factors
+    precision: Any = jax.lax.Precision.DEFAULT  # of float32 factors
+
+
+FLOAT32 = Arithmetic(jnp.float32, jax.lax.Precision.HIGHEST)
+BFLOAT16 = Arithmetic(jnp.bfloat16)
+
+
+def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic) -> jax.Array:
     return jax.lax.dot_general(
-        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+        a.astype(arithmetic.dtype), b.astype(arithmetic.dtype), (((axes[0],), (axes[1],)), ((), ())),
+        precision=arithmetic.precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _halves(x: jax.Array, arithmetic: Arithmetic) -> tuple[jax.Array, jax.Array]:
+    high = x.astype(arithmetic.dtype)
+    return high, (x - high.astype(jnp.float32)).astype(arithmetic.dtype)
+
+
+def _fine_product(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic) -> jax.Array:
+    """The product to 16 bits or better, of the narrower factors that the matrix units are made for."""
+    if arithmetic.dtype == jnp.float32:
+        return _product(a, b, axes, arithmetic)
+    (a_high, a_low), (b_high, b_low) = _halves(a, arithmetic), _halves(b, arithmetic)
+    out = _product(a_high, b_low, axes, arithmetic) + _product(a_low, b_high, axes, arithmetic)
+    return out + _product(a_high, b_high, axes, arithmetic)
+
+
+def _select(mask: jax.Array, x: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic) -> jax.Array:
+    """`_fine_product` where the first factor's numbers are 0 and 1."""
+    if arithmetic.dtype == jnp.float32:
+        return _product(mask, x, axes, arithmetic)
+    high, low = _halves(x, arithmetic)
+    return _product(mask, high, axes, arithmetic) + _product(mask, low, axes, arithmetic)
+
+
+# Below, rules of derivatives call the plain functions: a `custom_vjp` inside them would outlive the differentiation, and
+# Triton has no lowering for it.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
-    """The matrix product over axis `axes[0]` of `a` and `axes[1]` of `b`: factors rounded to `dtype`, sums float32.
+def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic) -> jax.Array:
+    """The matrix product over axis `axes[0]` of `a` and `axes[1]` of `b`: factors rounded, sums float32.
 
     Its derivative rounds its factors likewise, so that bfloat16 meets bfloat16 in the matrix units.
     """
-    return _contract(a.astype(dtype), b.astype(dtype), axes)
+    return _product(a, b, axes, arithmetic)
 
 
-def _product_forward(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any):
-    return product(a, b, axes, dtype), (a, b)
+def _product_forward(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic):
+    return _product(a, b, axes, arithmetic), (a, b)
 
 
-def _product_backward(axes: tuple[int, int], dtype: Any, factors: tuple[jax.Array, jax.Array], d_out: jax.Array):
+def _product_backward(
+    axes: tuple[int, int], arithmetic: Arithmetic, factors: tuple[jax.Array, jax.Array], d_out: jax.Array
+):
     a, b = factors
     a_free, b_free = 1 - axes[0], 1 - axes[1]
-    d_a = product(d_out, b, (1, b_free), dtype) if axes[0] == 1 else product(b, d_out, (b_free, 1), dtype)
-    d_b = product(a, d_out, (a_free, 0), dtype) if axes[1] == 0 else product(d_out, a, (0, a_free), dtype)
+    d_a = _product(d_out, b, (1, b_free), arithmetic) if axes[0] == 1 else _product(b, d_out, (b_free, 1), arithmetic)
+    d_b = _product(a, d_out, (a_free, 0), arithmetic) if axes[1] == 0 else _product(d_out, a, (0, a_free), arithmetic)
     return d_a, d_b
 
 
@@ -48,25 +87,38 @@ product.defvjp(_product_forward, _product_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def select(mask: jax.Array, x: jax.Array, axis: int, dtype: Any) -> jax.Array:
+def select(mask: jax.Array, x: jax.Array, axis: int, arithmetic: Arithmetic) -> jax.Array:
     """Sums of rows of x: contracts `axis` of a matrix of 0 and 1 with them. Keeps 16 bits of x's mantissa or all."""
-    mask = mask.astype(dtype)
-    if dtype == jnp.float32:
-        return _contract(mask, x, (axis, 0))
-    high = x.astype(dtype)
-    low = (x - high.astype(jnp.float32)).astype(dtype)
-    return _contract(mask, high, (axis, 0)) + _contract(mask, low, (axis, 0))
+    return _select(mask, x, (axis, 0), arithmetic)
 
 
-def _select_forward(mask: jax.Array, x: jax.Array, axis: int, dtype: Any):
-    return select(mask, x, axis, dtype), mask
+def _select_forward(mask: jax.Array, x: jax.Array, axis: int, arithmetic: Arithmetic):
+    return _select(mask, x, (axis, 0), arithmetic), mask
 
 
-def _select_backward(axis: int, dtype: Any, mask: jax.Array, d_out: jax.Array):
-    return jnp.zeros_like(mask), select(mask, d_out, 1 - axis, dtype)
+def _select_backward(axis: int, arithmetic: Arithmetic, mask: jax.Array, d_out: jax.Array):
+    return jnp.zeros_like(mask), _select(mask, d_out, (1 - axis, 0), arithmetic)
 
 
 select.defvjp(_select_forward, _select_backward)
+
+
+@jax.custom_vjp
+def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a (rows, columns) / b (rows, 1). JAX's own derivative takes a negative power, whose cost Pallas cannot tell."""
+    return a / b
+
+
+def _quotient_forward(a: jax.Array, b: jax.Array):
+    return a / b, (a / b, b)
+
+
+def _quotient_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array):
+    out, b = saved
+    return d_out / b, -jnp.sum(d_out * out, axis=1, keepdims=True) / b
+
+
+quotient.defvjp(_quotient_forward, _quotient_backward)
 
 
 def places(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +150,7 @@ def _halvings(length: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
         shift += 1
 
 
-def decayed_products(query: jax.Array, key: jax.Array, decay: jax.Array, dtype: Any) -> jax.Array:
+def decayed_products(query: jax.Array, key: jax.Array, decay: jax.Array, arithmetic: Arithmetic) -> jax.Array:
     """(time, time) of sum_c query_ic key_jc exp(sum_{j<t<=i} decay_tc) for i >= j, zero above the diagonal.
 
     For each node of the binary tree, what parts i from j is cut at the node's middle m: exp(sum_{m<=t<=i}) goes to the
@@ -107,24 +159,23 @@ def decayed_products(query: jax.Array, key: jax.Array, decay: jax.Array, dtype: 
 
     Args:
       query, key, decay: (time, width) float32; decay <= 0.
-      dtype: of the factors of the products.
+      arithmetic: of the products.
     """
     length = query.shape[0]
     i, j = places(length, length)
     products = jnp.where(i == j, jnp.sum(query * key, axis=1, keepdims=True), 0.0)
     for pairs, upper, half in _halvings(length):
         between = half & ((upper & (j <= i)) | (jnp.logical_not(upper) & (j > i)))
-        remains = jnp.exp(select(between.astype(jnp.float32), decay, 1, dtype))
-        products += jnp.where(pairs, product(query * remains, key * remains, (1, 1), dtype), 0.0)
+        remains = jnp.exp(select(between.astype(jnp.float32), decay, 1, arithmetic))
+        products += jnp.where(pairs, product(query * remains, key * remains, (1, 1), arithmetic), 0.0)
     return products
 
 
-def decay_between(decay: jax.Array) -> jax.Array:
+def decay_between(decay: jax.Array, arithmetic: Arithmetic) -> jax.Array:
     """(time, time) of exp(sum_{j<t<=i} decay_t), 1 on and above the diagonal, for a row of log decays (1, time)."""
     i, j = places(decay.shape[1], decay.shape[1])
-    # A product of two masks, one weighted: sums as they stand, no differences of cumulative sums.
-    after = (i > j).astype(jnp.float32)
-    return jnp.exp(_contract(jnp.where(i >= j, decay, 0.0), after, (1, 0)))
+    # Row j of what is summed holds decay_t for t > j: sums as they stand, not differences of cumulative sums.
+    return jnp.exp(select((i >= j).astype(jnp.float32), jnp.where(i > j, as_column(decay), 0.0), 1, arithmetic))
 
 
 def decay_since_start(decay: jax.Array) -> jax.Array:
@@ -139,30 +190,35 @@ def decay_until_end(decay: jax.Array) -> jax.Array:
     return jnp.exp(jnp.sum(jnp.where(j > i, decay, 0.0), axis=1, keepdims=True))
 
 
-@jax.custom_vjp
-def unit_triangular_inverse(lower: jax.Array) -> jax.Array:
-    """(1 + lower)^-1 for a strictly lower triangular matrix, by products alone.
-
-    Blocks of twice the size from blocks of the size: [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]], all nodes
-    of a level at once. Block substitution, and as stable: a power series in `lower` would be shorter and overflow.
-    """
+def _unit_triangular_inverse(lower: jax.Array, arithmetic: Arithmetic) -> jax.Array:
     i, j = places(*lower.shape)
     inverse = (i == j).astype(jnp.float32)
     for level, (pairs, _, _) in enumerate(_halvings(lower.shape[0])):
         corner = jnp.where(pairs, lower, 0.0)
         if level:
-            corner = _contract(_contract(inverse, corner, (1, 0)), inverse, (1, 0))
+            corner = _fine_product(_fine_product(inverse, corner, (1, 0), arithmetic), inverse, (1, 0), arithmetic)
         inverse -= corner
     return inverse
 
 
-def _inverse_forward(lower: jax.Array):
-    inverse = unit_triangular_inverse(lower)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unit_triangular_inverse(lower: jax.Array, arithmetic: Arithmetic) -> jax.Array:
+    """(1 + lower)^-1 for a strictly lower triangular matrix, by products alone.
+
+    Blocks of twice the size from blocks of the size: [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]], all nodes
+    of a level at once. Block substitution, and as stable: a power series in `lower` would be shorter and overflow.
+    """
+    return _unit_triangular_inverse(lower, arithmetic)
+
+
+def _inverse_forward(lower: jax.Array, arithmetic: Arithmetic):
+    inverse = _unit_triangular_inverse(lower, arithmetic)
     return inverse, inverse
 
 
-def _inverse_backward(inverse: jax.Array, d_inverse: jax.Array):
-    return (-_contract(_contract(inverse, d_inverse, (0, 0)), inverse, (1, 1)),)
+def _inverse_backward(arithmetic: Arithmetic, inverse: jax.Array, d_inverse: jax.Array):
+    d_lower = _fine_product(inverse, d_inverse, (0, 0), arithmetic)
+    return (-_fine_product(d_lower, inverse, (1, 1), arithmetic),)
 
 
 unit_triangular_inverse.defvjp(_inverse_forward, _inverse_backward)

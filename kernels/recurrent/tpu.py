@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_tokens, pad_time, sum_heads
+from kernels.recurrent.tile import BFLOAT16, FLOAT32, Arithmetic
 
 _LANES = 128
 _LEAST_TOKENS = 16  # rows of a bfloat16 register
@@ -21,8 +22,8 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 Order = Callable[[jax.Array], Any]  # which chunk a step of the grid takes
 
 
-def _product_dtype(value: jax.Array) -> Any:
-    return jnp.bfloat16 if value.dtype == jnp.bfloat16 else jnp.float32
+def _arithmetic(value: jax.Array) -> Arithmetic:
+    return BFLOAT16 if value.dtype == jnp.bfloat16 else FLOAT32
 
 
 def _lay(array: jax.Array, length: int) -> jax.Array:
@@ -119,7 +120,7 @@ def forward(
         return n
 
     def step(index: jax.Array, state: State, inputs: Inputs) -> tuple[State, jax.Array]:
-        return chunk(state, inputs, count_tokens(time, length, index), _product_dtype(value))
+        return chunk(state, inputs, count_tokens(time, length, index), _arithmetic(value))
 
     def kernel(inputs, state, out, final, states, carry) -> None:
         @pl.when(pl.program_id(2) == 0)
@@ -183,7 +184,7 @@ def backward(
 
     def step(index: jax.Array, state: State, inputs: Inputs, *cotangents: Any) -> tuple[State, Inputs]:
         tokens = count_tokens(time, length, index)
-        _, pull = jax.vjp(lambda *x: chunk(*x, tokens, _product_dtype(value)), state, inputs)
+        _, pull = jax.vjp(lambda *x: chunk(*x, tokens, _arithmetic(value)), state, inputs)
         return pull(cotangents)
 
     def kernel(inputs, states, d_out, d_final, d_inputs, d_state, carry) -> None:
