@@ -21,7 +21,7 @@ def delta_rule(
     decay: jax.Array | None = None,
     state: jax.Array | None = None,
     scale: float | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """S_t = exp(g_t) (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;  out_t = scale * S_t^T q_t.
@@ -38,7 +38,7 @@ def delta_rule(
       decay: log decay g <= 0, float (batch, time, heads), of the state before the step. Anything below -120 is a reset.
       state: (batch, heads, D, E): what an earlier call returned; None is an empty past. Differentiable.
       scale: of the output, default D ** -0.5.
-      chunk_size: a power of 2; no part of the result.
+      chunk_size: a power of 2 of at least 16, no part of the result; None leaves it to the platform.
       implementation: "reference", "chunked", "tpu", "gpu", or None for the platform compiled for.
 
     Returns:

@@ -35,7 +35,7 @@ def linear_attention(
     normalize: bool = False,
     epsilon: float = 1e-6,
     scale: float | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, LinearAttentionState]:
     """out_t = scale * sum_{s<=t} (phi(q_t) . exp(g_{s+1} + ... + g_t) phi(k_s)) v_s, over its own sum without v.
@@ -59,7 +59,7 @@ def linear_attention(
       epsilon: see there.
       scale: default D ** -0.5. Except in Taylor's map a factor of the output, and then without effect (other than on
         epsilon) where `normalize`.
-      chunk_size: a power of 2; no part of the result.
+      chunk_size: a power of 2 of at least 16, no part of the result; None leaves it to the platform.
       implementation: "reference", "chunked", "tpu", "gpu", or None for the platform compiled for.
 
     Returns:

@@ -64,7 +64,7 @@ def taylor_features(x: jax.Array, *, packed: bool = True) -> jax.Array:
 
 
 def taylor_tile(x: jax.Array, width: int, size: int, arithmetic: Arithmetic) -> jax.Array:
-    """`taylor_features` of a matrix (time, width or more), padded with zeros to (time, size), without reshape or gather.
+    """`taylor_features` of a matrix (time, width or more), padded to (time, size), without a reshape or a gather.
 
     Every feature is a product of two factors, each a channel or 1; two products with matrices of 0 and 1 fetch them.
     """

@@ -2,8 +2,8 @@
 
 A core writes one function, its `Chunk`: from the state before some tokens and their inputs to the state after them and
 their outputs, on plain matrices (`tile` has the mathematics). The loop over chunks is written once for XLA, TPU and
-GPU; so is the backward pass, which keeps the states between chunks and differentiates the chunk where it runs, inside
-the kernel on TPU and GPU.
+GPU; so is the backward pass, which computes the states between chunks again and differentiates the chunk where it runs,
+inside the kernel on TPU and GPU. Between the passes nothing is kept but the inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BACKWARD = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backwa
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def run(
-    inputs: Inputs, state: State, chunk: Chunk, chunk_size: int, implementation: Implementation | None
+    inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, implementation: Implementation | None
 ) -> tuple[jax.Array, State]:
     """Runs a core over time.
 
@@ -34,24 +34,18 @@ def run(
         are (B, T, H or a divisor, width), or a number a token and head, (B, T, H) float32.
       state: arrays (B, H, rows, columns) float32.
       chunk: the core.
-      chunk_size: tokens of a chunk, a power of 2, at least 16.
+      chunk_size: tokens of a chunk, a power of 2, at least 16; None leaves it to the platform.
       implementation: as for `kernels.common.by_platform`, without "reference".
 
     Returns:
       out (B, T, H, E) and the state after the last token.
     """
-    out, state, _ = _call(inputs, state, chunk, chunk_size, implementation, save=False)
-    return out, state
-
-
-def _call(inputs, state, chunk, chunk_size, implementation, save):
-    options = {"chunk": chunk, "chunk_size": chunk_size, "save": save}
+    options = {"chunk": chunk, "chunk_size": chunk_size}
     return by_platform({name: partial(f, **options) for name, f in _FORWARD.items()}, implementation, inputs, state)
 
 
 def _forward(inputs, state, chunk, chunk_size, implementation):
-    out, final, states = _call(inputs, state, chunk, chunk_size, implementation, save=True)
-    return (out, final), (inputs, states)
+    return run(inputs, state, chunk, chunk_size, implementation), (inputs, state)
 
 
 def _backward(chunk, chunk_size, implementation, residuals, cotangents):
@@ -94,7 +88,9 @@ def check_array(name: str, array: jax.Array, *shapes: tuple[int, ...]) -> None:
         raise TypeError(f"{name} must be floating point, got {array.dtype}")
 
 
-def check_chunk_size(chunk_size: int) -> None:
-    """Raises ValueError unless it is a power of 2 and at least 16."""
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raises ValueError unless it is None or a power of 2 and at least 16."""
+    if chunk_size is None:
+        return
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of 2 and at least 16, got {chunk_size}")

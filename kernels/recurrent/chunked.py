@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_tokens, pad_time, repeat_heads, sum_heads
 from kernels.recurrent.tile import FLOAT32
+
+_CHUNK_SIZE = 64
 
 
 def _cut(array: jax.Array, length: int, heads: int) -> jax.Array:
@@ -38,43 +43,43 @@ def _step(chunk: Chunk, state: State, inputs: Inputs, tokens: jax.Array | None) 
     return jax.vmap(jax.vmap(lambda state, inputs: chunk(state, inputs, tokens, FLOAT32)))(state, inputs)
 
 
-def forward(
-    inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int, save: bool
-) -> tuple[jax.Array, State, State | None]:
-    """Out (B, T, H, E), the last state, and with `save` the states before each chunk, (B, H, chunks, rows, columns)."""
+def forward(inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int | None) -> tuple[jax.Array, State]:
+    """Out (B, T, H, E) in the value's dtype, and the last state."""
     time, heads = inputs["query"].shape[1:3]
-    length = chunk_length(time, chunk_size, 1)
-    dtype = inputs["value"].dtype
+    length = chunk_length(time, chunk_size or _CHUNK_SIZE, 1)
 
-    def body(state, now):
+    def body(state: State, now: tuple[jax.Array, Inputs]) -> tuple[State, jax.Array]:
         index, inputs = now
-        after, out = _step(chunk, state, inputs, count_tokens(time, length, index))
-        return after, (out.astype(dtype), state if save else None)
+        state, out = _step(chunk, state, inputs, count_tokens(time, length, index))
+        return state, out.astype(dtype)
 
-    final, (out, states) = jax.lax.scan(body, state, (_indices(time, length), _cut_inputs(inputs, length, heads)))
-    return _join(out, time), final, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), states)
+    dtype = inputs["value"].dtype
+    state, out = jax.lax.scan(body, state, (_indices(time, length), _cut_inputs(inputs, length, heads)))
+    return _join(out, time), state
 
 
 def backward(
-    inputs: Inputs, states: State, d_out: jax.Array, d_final: State, *, chunk: Chunk, chunk_size: int
+    inputs: Inputs, state: State, d_out: jax.Array, d_final: State, *, chunk: Chunk, chunk_size: int | None
 ) -> tuple[Inputs, State]:
     """Gradients of the inputs and of the first state."""
     time, heads = inputs["query"].shape[1:3]
-    length = chunk_length(time, chunk_size, 1)
+    length = chunk_length(time, chunk_size or _CHUNK_SIZE, 1)
+    indices, cut = _indices(time, length), _cut_inputs(inputs, length, heads)
 
-    def body(d_state, saved):
-        index, state, inputs, d_out = saved
-        tokens = count_tokens(time, length, index)
-        _, pull = jax.vjp(lambda state, inputs: _step(chunk, state, inputs, tokens), state, inputs)
+    def step(index: jax.Array, state: State, inputs: Inputs) -> tuple[State, jax.Array]:
+        return _step(chunk, state, inputs, count_tokens(time, length, index))
+
+    def advance(state: State, now: tuple[jax.Array, Inputs]) -> tuple[State, State]:
+        index, inputs = now
+        return step(index, state, inputs)[0], state
+
+    def retreat(d_state: State, now: Any) -> tuple[State, Inputs]:
+        index, state, inputs, d_out = now
+        _, pull = jax.vjp(partial(step, index), state, inputs)
         return pull((d_state, d_out.astype(jnp.float32)))
 
-    saved = (
-        _indices(time, length),
-        jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), states),
-        _cut_inputs(inputs, length, heads),
-        _cut(d_out, length, heads),
-    )
-    d_state, d_cut = jax.lax.scan(body, d_final, saved, reverse=True)
+    _, states = jax.lax.scan(advance, state, (indices, cut))
+    d_state, d_cut = jax.lax.scan(retreat, d_final, (indices, states, cut, _cut(d_out, length, heads)), reverse=True)
     d_inputs = {}
     for name, x in inputs.items():
         joined = _join(d_cut[name] if x.ndim == 4 else d_cut[name].swapaxes(3, 4), time)

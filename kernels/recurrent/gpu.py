@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_tokens, pad_time, sum_heads
 from kernels.recurrent.tile import BFLOAT16, FLOAT32, Arithmetic
 
+_CHUNK_SIZE = 32
 _LEAST = 16  # rows and columns of a product on the tensor cores
 # Numbers of a program's state, by kernel: what 8 warps hold in registers beside a chunk's inputs and its products.
 _STATE_SIZE = {"forward": 8192, "backward": 4096}
@@ -54,13 +55,13 @@ class _Plan(NamedTuple):
         return pl.cdiv(self.time, self.length)
 
 
-def _plan(inputs: Inputs, state: State, chunk: Chunk, chunk_size: int, kernel: str, interpret: bool) -> _Plan:
+def _plan(inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, kernel: str, interpret: bool) -> _Plan:
     batch, time, heads = inputs["query"].shape[:3]
     value = inputs["value"]
     columns = max(_padded(x.shape[-1]) for x in state)
     block = min(max(_STATE_SIZE[kernel] // columns, _LEAST), _padded(value.shape[3]))
     arithmetic = BFLOAT16 if value.dtype == jnp.bfloat16 else FLOAT32 if interpret else _THREE_TF32
-    length = chunk_length(time, chunk_size, _LEAST)
+    length = chunk_length(time, chunk_size or _CHUNK_SIZE, _LEAST)
     return _Plan(
         batch, time, heads, length, block, _padded(value.shape[3]) // block, chunk.value_states, arithmetic
     )  # fmt: skip
@@ -156,64 +157,82 @@ def _call(kernel: Callable[..., None], arguments: Any, out_shape: Any, plan: _Pl
 
 
 def forward(
-    inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int, save: bool, interpret: bool
-) -> tuple[jax.Array, State, State | None]:
+    inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int | None, interpret: bool
+) -> tuple[jax.Array, State]:
     """As `chunked.forward`."""
-    plan = _plan(inputs, state, chunk, chunk_size, "forward", interpret)
+    plan, value = _plan(inputs, state, chunk, chunk_size, "forward", interpret), inputs["value"]
+    shape = (plan.batch, plan.time, plan.heads, value.shape[3])
+    padded = _pad_states(state, plan)
 
-    def kernel(inputs, state, out, final, states) -> None:
+    def write(refs: Any, at: _Place, n: jax.Array, before: State, out: jax.Array) -> None:
+        _write(refs[0], out, at.batch, _tokens(plan, n), at.head, _channels(plan, at))
+
+    def end(refs: Any, at: _Place, after: State) -> None:
+        _write_state(refs[1], after, plan, at)
+
+    out, final = _advance(
+        inputs, padded, chunk, plan, interpret, write, end, name="forward",
+        outputs=(
+            jax.ShapeDtypeStruct(
+                (plan.batch, plan.chunks * plan.length, plan.heads, _padded(shape[3])), value.dtype
+            ),
+            _like(padded),
+        ),
+    )  # fmt: skip
+    return _crop(out, shape), tuple(_crop(x, like.shape) for x, like in zip(final, state, strict=True))
+
+
+def _states(inputs: Inputs, state: State, chunk: Chunk, plan: _Plan, interpret: bool) -> State:
+    """The states before each chunk, (B, H, chunks, rows, columns), padded."""
+    padded = _pad_states(state, plan)
+
+    def write(refs: Any, at: _Place, n: jax.Array, before: State, out: jax.Array) -> None:
+        _write_state(refs, before, plan, at, n)
+
+    return _advance(
+        inputs, padded, chunk, plan, interpret, write, lambda refs, at, after: None, name="states",
+        outputs=tuple(x.update(shape=(*x.shape[:2], plan.chunks, *x.shape[2:])) for x in _like(padded)),
+    )  # fmt: skip
+
+
+def _advance(
+    inputs: Inputs, state: State, chunk: Chunk, plan: _Plan, interpret: bool, write: Callable[..., None],
+    end: Callable[..., None], *, outputs: Any, name: str,
+) -> Any:  # fmt: skip
+    """The loop from the first chunk to the last, `write` after each of them and `end` after all."""
+
+    def kernel(inputs: Any, state: Any, *outputs: Any) -> None:
         at = _place(plan)
 
         def body(n: jax.Array, before: State) -> State:
-            if save:
-                _write_state(states, before, plan, at, n)
             tokens = count_tokens(plan.time, plan.length, n)
             # The primal half of a derivative, for Triton knows no `custom_vjp`.
-            (after, result), _ = jax.vjp(
+            (after, out), _ = jax.vjp(
                 lambda *x: chunk(*x, tokens, plan.arithmetic), before, _read_inputs(inputs, plan, at, n)
             )
-            _write(out, result, at.batch, _tokens(plan, n), at.head, _channels(plan, at))
+            write(outputs, at, n, before, out)
             return after
 
-        _write_state(final, jax.lax.fori_loop(0, plan.chunks, body, _read_state(state, plan, at)), plan, at)
+        end(outputs, at, jax.lax.fori_loop(0, plan.chunks, body, _read_state(state, plan, at)))
 
-    value = inputs["value"]
-    shape = (plan.batch, plan.time, plan.heads, value.shape[3])
-    padded = _pad_states(state, plan)
-    time = plan.chunks * plan.length
-    states = None
-    if save:
-        states = tuple(
-            jax.ShapeDtypeStruct((*x.shape[:2], plan.chunks, *x.shape[2:]), jnp.float32) for x in padded
-        )  # fmt: skip
-    out, final, states = _call(
-        kernel,
-        (_prepare(inputs, plan), padded),
-        (jax.ShapeDtypeStruct((plan.batch, time, plan.heads, _padded(shape[3])), value.dtype), _like(padded), states),
-        plan, f"{chunk.name}_gpu_forward", interpret,
-    )  # fmt: skip
-    final = tuple(_crop(x, like.shape) for x, like in zip(final, state, strict=True))
-    if states is not None:
-        states = tuple(
-            _crop(x, (*x.shape[:3], *like.shape[2:])) for x, like in zip(states, state, strict=True)
-        )  # fmt: skip
-    return _crop(out, shape), final, states
+    arguments = (_prepare(inputs, plan), state)
+    return _call(kernel, arguments, outputs, plan, f"{chunk.name}_gpu_{name}", interpret)
 
 
 def backward(
     inputs: Inputs,
-    states: State,
+    state: State,
     d_out: jax.Array,
     d_final: State,
     *,
     chunk: Chunk,
-    chunk_size: int,
+    chunk_size: int | None,
     interpret: bool,
 ) -> tuple[Inputs, State]:
     """As `chunked.backward`."""
     plan = _plan(inputs, d_final, chunk, chunk_size, "backward", interpret)
 
-    def kernel(inputs, states, d_out, d_final, d_inputs, d_state) -> None:
+    def kernel(inputs: Any, states: Any, d_out: Any, d_final: Any, d_inputs: Any, d_state: Any) -> None:
         at = _place(plan)
 
         def body(step: jax.Array, d_after: State) -> State:
@@ -245,6 +264,7 @@ def backward(
             index = (at.batch, at.head, *_state_index(plan, at, of_value))
             _write(ref, x, *(index if of_value else (at.split, *index)))
 
+    states = _states(inputs, state, chunk, plan, interpret)
     padded, prepared = _pad_states(d_final, plan), _prepare(inputs, plan)
 
     def partial_sums(shape: tuple[int, ...], of_value: bool, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -252,7 +272,7 @@ def backward(
 
     d_inputs, d_state = _call(
         kernel,
-        (prepared, _pad_states(states, plan), _pad_width(pad_time(d_out, plan.length)), padded),
+        (prepared, states, _pad_width(pad_time(d_out, plan.length)), padded),
         (
             {name: partial_sums((*x.shape[:2], plan.heads, *x.shape[3:]), name == "value", x.dtype)
              for name, x in prepared.items()},

@@ -56,8 +56,8 @@ def _select(mask: jax.Array, x: jax.Array, axes: tuple[int, int], arithmetic: Ar
     return _product(mask, high, axes, arithmetic) + _product(mask, low, axes, arithmetic)
 
 
-# Below, rules of derivatives call the plain functions: a `custom_vjp` inside them would outlive the differentiation, and
-# Triton has no lowering for it.
+# Below, rules of derivatives call the plain functions: a `custom_vjp` inside them would outlive the differentiation,
+# and Triton has no lowering for it.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -139,7 +139,7 @@ def _halvings(length: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """The binary tree over a chunk, leaves first: its levels part the pairs i > j, each to the node where they part.
 
     Yields (pairs, upper, half) of shape (length, length): `pairs` is true where row i lies in the second half and
-    column j in the first half of one node; `upper` where row i lies in a second half; `half` where both lie in one half.
+    column j in the first half of one node, `upper` where row i lies in a second half, `half` where both lie in one.
     """
     i, j = places(length, length)
     shift = 0

@@ -15,6 +15,7 @@ from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_t
 from kernels.recurrent.tile import BFLOAT16, FLOAT32, Arithmetic
 
 _LANES = 128
+_CHUNK_SIZE = 64
 _LEAST_TOKENS = 16  # rows of a bfloat16 register
 
 _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
@@ -62,6 +63,18 @@ def _block(array: jax.Array, length: int, heads: int, order: Order) -> pl.BlockS
     return pl.BlockSpec((None, None, length, width), lambda b, h, n: (b, head(h), order(n), 0))
 
 
+def _onwards(n: jax.Array) -> jax.Array:
+    return n
+
+
+def _length(inputs: Inputs, chunk_size: int | None) -> int:
+    return chunk_length(inputs["query"].shape[1], chunk_size or _CHUNK_SIZE, _LEAST_TOKENS)
+
+
+def _like(state: State) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state)
+
+
 def _state_block(array: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *array.shape[-2:]), lambda b, h, n: (b, h, 0, 0))
 
@@ -81,9 +94,11 @@ def _write(refs: Any, values: Any) -> None:
     jax.tree.map(write, refs, values)
 
 
-def _call(kernel: Callable[..., None], step: Callable[..., Any], arguments: Any, specs: Any, **options: Any) -> Any:
-    """A kernel over (batch, heads, chunks) whose every step computes `step`, for what it costs."""
-    cost = pl.estimate_cost(step, *options.pop("step_arguments"))
+def _call(
+    kernel: Callable[..., None], step: Callable[..., Any], shapes: Any, arguments: Any, specs: Any, **options: Any
+) -> Any:
+    """A kernel over (batch, heads, chunks) each step of which computes `step`, a function of arrays of `shapes`."""
+    cost = pl.estimate_cost(step, *shapes)
     steps = math.prod(options["grid"])
     arrays = jax.tree.leaves((arguments, options["out_shape"]))
     return pl.pallas_call(
@@ -108,76 +123,87 @@ def _shapes(inputs: Inputs, state: State, length: int) -> tuple[State, Inputs]:
 
 
 def forward(
-    inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int, save: bool, interpret: bool
-) -> tuple[jax.Array, State, State | None]:
+    inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int | None, interpret: bool
+) -> tuple[jax.Array, State]:
     """As `chunked.forward`."""
-    batch, time, heads = inputs["query"].shape[:3]
-    length = chunk_length(time, chunk_size, _LEAST_TOKENS)
-    chunks = pl.cdiv(time, length)
-    value = inputs["value"]
+    value, heads = inputs["value"], inputs["query"].shape[2]
+    length = _length(inputs, chunk_size)
+    out = jax.ShapeDtypeStruct((*value.shape[:2], heads, value.shape[3]), value.dtype)
+    laid_out, final = _advance(
+        inputs, state, chunk, length, interpret,
+        outputs=(jax.eval_shape(lambda x: _lay(x, length), out), _like(state)),
+        specs=(_block(out, length, heads, _onwards), tuple(map(_state_block, state))),
+        write=lambda refs, before, after, out: (_write(refs[0], out), _write(refs[1], after)),
+        name="forward",
+    )  # fmt: skip
+    return _unlay(laid_out, out, heads), final
 
-    def order(n: jax.Array) -> jax.Array:
-        return n
+
+def _states(inputs: Inputs, state: State, chunk: Chunk, length: int, interpret: bool) -> State:
+    """The states before each chunk, (B, H, chunks, rows, columns)."""
+    chunks = pl.cdiv(inputs["query"].shape[1], length)
+    return _advance(
+        inputs, state, chunk, length, interpret,
+        outputs=tuple(x.update(shape=(*x.shape[:2], chunks, *x.shape[2:])) for x in _like(state)),
+        specs=tuple(_states_block(x, _onwards) for x in state),
+        write=lambda refs, before, after, out: _write(refs, before),
+        name="states",
+    )  # fmt: skip
+
+
+def _advance(
+    inputs: Inputs, state: State, chunk: Chunk, length: int, interpret: bool, *, outputs: Any, specs: Any,
+    write: Callable[..., Any], name: str,
+) -> Any:  # fmt: skip
+    """The loop from the first chunk to the last; `write` puts what is wanted into the references of the outputs."""
+    batch, time, heads = inputs["query"].shape[:3]
+    value = inputs["value"]
 
     def step(index: jax.Array, state: State, inputs: Inputs) -> tuple[State, jax.Array]:
         return chunk(state, inputs, count_tokens(time, length, index), _arithmetic(value))
 
-    def kernel(inputs, state, out, final, states, carry) -> None:
+    def kernel(inputs: Any, state: Any, *references: Any) -> None:
+        outputs, carry = references[:-1], references[-1]
+
         @pl.when(pl.program_id(2) == 0)
-        def _():
+        def _() -> None:
             _write(carry, _read(state))
 
-        before = tuple(ref[...] for ref in carry)
-        if save:
-            _write(states, before)
-        after, result = step(order(pl.program_id(2)), before, _read(inputs))
-        _write(out, result)
+        before = _read(carry)
+        after, out = step(pl.program_id(2), before, _read(inputs))
         _write(carry, after)
+        write(outputs, before, after, out)
 
-        @pl.when(pl.program_id(2) == chunks - 1)
-        def _():
-            _write(final, after)
-
-    like_out = jax.ShapeDtypeStruct((batch, time, heads, value.shape[3]), value.dtype)
-    laid_out = jax.eval_shape(lambda x: _lay(x, length), like_out)
-    finals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), state)
-    states = jax.tree.map(lambda x: x.update(shape=(batch, heads, chunks, *x.shape[2:])), finals) if save else None
-    out, final, states = _call(
+    return _call(
         kernel,
         step,
+        (_INDEX, *_shapes(inputs, state, length)),
         ({name: _lay(x, length) for name, x in inputs.items()}, state),
-        ({name: _block(x, length, heads, order) for name, x in inputs.items()}, tuple(map(_state_block, state))),
-        step_arguments=(_INDEX, *_shapes(inputs, state, length)),
-        grid=(batch, heads, chunks),
-        out_shape=(laid_out, finals, states),
-        out_specs=(
-            _block(like_out, length, heads, order),
-            tuple(map(_state_block, state)),
-            tuple(_states_block(x, order) for x in state) if save else None,
-        ),
+        ({name: _block(x, length, heads, _onwards) for name, x in inputs.items()}, tuple(map(_state_block, state))),
+        grid=(batch, heads, pl.cdiv(time, length)),
+        out_shape=outputs,
+        out_specs=specs,
         scratch_shapes=[tuple(pltpu.VMEM(x.shape[2:], jnp.float32) for x in state)],
         interpret=interpret,
-        name=f"{chunk.name}_tpu_forward",
+        name=f"{chunk.name}_tpu_{name}",
     )
-    return _unlay(out, like_out, heads), final, states
 
 
 def backward(
     inputs: Inputs,
-    states: State,
+    state: State,
     d_out: jax.Array,
     d_final: State,
     *,
     chunk: Chunk,
-    chunk_size: int,
+    chunk_size: int | None,
     interpret: bool,
 ) -> tuple[Inputs, State]:
     """As `chunked.backward`."""
     batch, time, heads = inputs["query"].shape[:3]
-    length = chunk_length(time, chunk_size, _LEAST_TOKENS)
+    value, length = inputs["value"], _length(inputs, chunk_size)
     chunks = pl.cdiv(time, length)
-
-    value = inputs["value"]
+    states = _states(inputs, state, chunk, length, interpret)
 
     def order(n: jax.Array) -> jax.Array:
         return chunks - 1 - n
@@ -187,27 +213,23 @@ def backward(
         _, pull = jax.vjp(lambda *x: chunk(*x, tokens, _arithmetic(value)), state, inputs)
         return pull(cotangents)
 
-    def kernel(inputs, states, d_out, d_final, d_inputs, d_state, carry) -> None:
+    def kernel(inputs: Any, states: Any, d_out: Any, d_final: Any, d_inputs: Any, d_state: Any, carry: Any) -> None:
         @pl.when(pl.program_id(2) == 0)
-        def _():
+        def _() -> None:
             _write(carry, _read(d_final))
 
-        d_after = tuple(ref[...] for ref in carry)
-        before, d_chunk = step(order(pl.program_id(2)), _read(states), _read(inputs), d_after, _read(d_out))
+        d_before, d_chunk = step(order(pl.program_id(2)), _read(states), _read(inputs), _read(carry), _read(d_out))
         _write(d_inputs, d_chunk)
-        _write(carry, before)
-
-        @pl.when(pl.program_id(2) == chunks - 1)
-        def _():
-            _write(d_state, before)
+        _write(carry, d_before)
+        _write(d_state, d_before)
 
     # Heads that share a key each give it a gradient of their own; the sum is XLA's.
     like = {n: jax.ShapeDtypeStruct((*x.shape[:2], heads, *x.shape[3:]), x.dtype) for n, x in inputs.items()}
-    d_states = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), d_final)
     state_shapes, input_shapes = _shapes(inputs, d_final, length)
     d_laid, d_state = _call(
         kernel,
         step,
+        (_INDEX, state_shapes, input_shapes, state_shapes, input_shapes["value"]),
         ({name: _lay(x, length) for name, x in inputs.items()}, states, _lay(d_out, length), d_final),
         (
             {name: _block(x, length, heads, order) for name, x in inputs.items()},
@@ -215,9 +237,8 @@ def backward(
             _block(d_out, length, heads, order),
             tuple(map(_state_block, d_final)),
         ),
-        step_arguments=(_INDEX, state_shapes, input_shapes, state_shapes, input_shapes["value"]),
         grid=(batch, heads, chunks),
-        out_shape=(jax.eval_shape(lambda tree: {n: _lay(x, length) for n, x in tree.items()}, like), d_states),
+        out_shape=(jax.eval_shape(lambda tree: {n: _lay(x, length) for n, x in tree.items()}, like), _like(state)),
         out_specs=(
             {name: _block(x, length, heads, order) for name, x in like.items()},
             tuple(map(_state_block, d_final)),
