@@ -7,7 +7,6 @@ Within a chunk tokens attend as in attention without its softmax; what came befo
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +49,6 @@ class Chunk:
         decay, channel_decay = inputs.get("decay"), inputs.get("channel_decay")
         row, column = tile.places(query.shape[0], query.shape[0])
         scale = options.scale
-        if options.feature_map == "taylor":
-            query, key, scale = query * math.sqrt(scale), key * math.sqrt(scale), 1.0
         query, key = pointwise(query, options.feature_map), pointwise(key, options.feature_map)
         if options.feature_map == "elu" and query.shape[1] > self.width:  # 1 is the feature of a zero
             channel = jax.lax.broadcasted_iota(jnp.int32, query.shape, 1)
@@ -61,8 +58,9 @@ class Chunk:
         else:
             weights = product(query, key, (1, 1), arithmetic)
             if options.feature_map == "taylor":
-                weights = 1 + weights + 0.5 * weights * weights
-                query, key = (taylor_tile(x, self.width, memory.shape[1], arithmetic) for x in (query, key))
+                weights = 1 + scale * weights * (1 + (0.5 * scale) * weights)
+                query, key = (taylor_tile(x, scale, self.width, memory.shape[1], arithmetic) for x in (query, key))
+                scale = 1.0
             if decay is not None:
                 weights *= tile.decay_between(decay, arithmetic)
             weights = jnp.where(row >= column, weights, 0.0)

@@ -63,10 +63,11 @@ def taylor_features(x: jax.Array, *, packed: bool = True) -> jax.Array:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, squares], axis=-1)
 
 
-def taylor_tile(x: jax.Array, width: int, size: int, arithmetic: Arithmetic) -> jax.Array:
-    """`taylor_features` of a matrix (time, width or more), padded to (time, size), without a reshape or a gather.
+def taylor_tile(x: jax.Array, scale: float, width: int, size: int, arithmetic: Arithmetic) -> jax.Array:
+    """`taylor_features` of sqrt(scale) x, a matrix (time, width or more), padded to (time, size), without a gather.
 
-    Every feature is a product of two factors, each a channel or 1; two products with matrices of 0 and 1 fetch them.
+    Every feature is a product of two factors, each a channel or 1; two products with matrices of 0 and 1 fetch them,
+    exactly where x is of the arithmetic's dtype.
     """
     channel, feature = places(x.shape[1], size)
     pair = feature - (1 + width)
@@ -84,5 +85,6 @@ def taylor_tile(x: jax.Array, width: int, size: int, arithmetic: Arithmetic) -> 
 
     left = fetch(in_run | linear) + (place == 0).astype(jnp.float32)
     right = fetch(is_pair & (channel == first + beyond)) + (place <= width).astype(jnp.float32)
-    weight = jnp.where(is_pair & (beyond == 0), math.sqrt(0.5), 1.0)
+    of_pair = jnp.where(beyond == 0, scale * math.sqrt(0.5), scale)
+    weight = jnp.where(is_pair, of_pair, jnp.where(place == 0, 1.0, math.sqrt(scale)))
     return left * right * weight

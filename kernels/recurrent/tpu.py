@@ -15,7 +15,7 @@ from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_t
 from kernels.recurrent.tile import BFLOAT16, FLOAT32, Arithmetic
 
 _LANES = 128
-_CHUNK_SIZE = 64
+_CHUNK_SIZE = 128
 _LEAST_TOKENS = 16  # rows of a bfloat16 register
 
 _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
