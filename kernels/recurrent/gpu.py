@@ -17,11 +17,12 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_tokens, pad_time, sum_heads
 from kernels.recurrent.tile import BFLOAT16, FLOAT32, Arithmetic
 
-_CHUNK_SIZE = 32
+_CHUNK_SIZE = 16
 _LEAST = 16  # rows and columns of a product on the tensor cores
 # Numbers of a program's state, by kernel: what 8 warps hold in registers beside a chunk's inputs and its products.
 _STATE_SIZE = {"forward": 8192, "backward": 4096}
 _WARPS = 8
+_PROGRAMS = 256  # nearly two for each core of an H100
 # float32 on the tensor cores: each factor in two parts, three products.
 _THREE_TF32 = Arithmetic(jnp.float32, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
 
@@ -220,18 +221,69 @@ def _advance(
 
 
 def backward(
-    inputs: Inputs,
-    state: State,
-    d_out: jax.Array,
-    d_final: State,
-    *,
-    chunk: Chunk,
-    chunk_size: int | None,
+    inputs: Inputs, state: State, d_out: jax.Array, d_final: State, *, chunk: Chunk, chunk_size: int | None,
     interpret: bool,
-) -> tuple[Inputs, State]:
-    """As `chunked.backward`."""
-    plan = _plan(inputs, d_final, chunk, chunk_size, "backward", interpret)
+) -> tuple[Inputs, State]:  # fmt: skip
+    """As `chunked.backward`.
 
+    Each block of the value's channels gives the other inputs a gradient of its own. Where heads are many, blocks take
+    turns, in parts that fill the GPU, so that there are few such sums and few saved states at a time.
+    """
+    plan = _plan(inputs, d_final, chunk, chunk_size, "backward", interpret)
+    parts = plan.splits // pl.next_power_of_2(pl.cdiv(_PROGRAMS, plan.batch * plan.heads))
+    if parts <= 1:
+        return _backward(inputs, state, d_out, d_final, chunk, plan, interpret)
+    plan = plan._replace(splits=plan.splits // parts)
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        missing = _padded(x.shape[axis]) - x.shape[axis]
+        x = jnp.pad(x, [(0, missing if a == axis % x.ndim else 0) for a in range(x.ndim)])
+        return jnp.stack(jnp.split(x, parts, axis))
+
+    def cut_states(states: State) -> State:
+        return tuple(cut(x, -2) for x, of_value in zip(states, plan.value_states, strict=True) if of_value)
+
+    def join(x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
+        return _crop(jnp.concatenate(list(x), axis), like.shape)
+
+    def merge(of_value: State, others: State) -> State:
+        of_value, others = iter(of_value), iter(others)
+        return tuple(next(of_value) if flag else next(others) for flag in plan.value_states)
+
+    def pick(states: State, of_value: bool) -> State:
+        return tuple(x for x, flag in zip(states, plan.value_states, strict=True) if flag == of_value)
+
+    shared_state = pick(state, False)
+
+    def part(sums: Any, cuts: Any) -> tuple[Any, Any]:
+        # The first part takes the gradient of the states that all parts compute.
+        value, state, d_out, d_final = cuts
+        d_inputs, d_state = _backward(
+            inputs | {"value": value}, merge(state, shared_state), d_out, merge(d_final, sums["d_final"]),
+            chunk, plan, interpret,
+        )  # fmt: skip
+        d_value = d_inputs.pop("value")
+        add = {name: sums["inputs"][name] + x.astype(jnp.float32) for name, x in d_inputs.items()}
+        d_shared = tuple(a + b for a, b in zip(sums["state"], pick(d_state, False), strict=True))
+        none = jax.tree.map(jnp.zeros_like, sums["d_final"])
+        return {"inputs": add, "state": d_shared, "d_final": none}, (d_value, pick(d_state, True))
+
+    sums = {
+        "inputs": {name: jnp.zeros(x.shape, jnp.float32) for name, x in inputs.items() if name != "value"},
+        "state": jax.tree.map(jnp.zeros_like, shared_state),
+        "d_final": pick(d_final, False),
+    }
+    cuts = (cut(inputs["value"], 3), cut_states(state), cut(d_out, 3), cut_states(d_final))
+    sums, (d_value, d_state) = jax.lax.scan(part, sums, cuts)
+    gradients = {name: x.astype(inputs[name].dtype) for name, x in sums["inputs"].items()}
+    gradients["value"] = join(d_value, 3, inputs["value"])
+    d_of_value = tuple(join(x, 2, like) for x, like in zip(d_state, pick(state, True), strict=True))
+    return gradients, merge(d_of_value, sums["state"])
+
+
+def _backward(
+    inputs: Inputs, state: State, d_out: jax.Array, d_final: State, chunk: Chunk, plan: _Plan, interpret: bool
+) -> tuple[Inputs, State]:
     def kernel(inputs: Any, states: Any, d_out: Any, d_final: Any, d_inputs: Any, d_state: Any) -> None:
         at = _place(plan)
 
