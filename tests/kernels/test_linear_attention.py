@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kernels.attention import attention
 from kernels.linear_attention import LinearAttentionState, feature_size, linear_attention, taylor_features
 from kernels.recurrent import gpu
-from tests.kernels.recurrent_cases import assert_close, assert_equals_reference, normal, unit
+from tests.kernels.recurrent_cases import assert_close, assert_equals_reference, normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,20 +183,20 @@ def test_a_reset_forgets_everything(channels):
 def test_unit_keys_recall_their_values():
     rng = np.random.default_rng(0)
     key, value = jnp.eye(8)[None, :, None], normal(rng, 1, 8, 1, 5)
-    _, state = linear_attention(key, value=value, query=key, scale=1.0)
+    _, state = linear_attention(key, key, value, scale=1.0)
     np.testing.assert_allclose(state.memory[0, 0], value[0, :, 0], atol=1e-6)
-    recalled, _ = linear_attention(unit(key), jnp.zeros_like(key), value, state=state, scale=1.0)
+    recalled, _ = linear_attention(key, jnp.zeros_like(key), value, state=state, scale=1.0)
     np.testing.assert_allclose(recalled, value, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"query": jnp.zeros((1, 4, 2))}, ValueError, r"query must be \(batch, time, heads, dim\), got shape \(1, 4, 2\)"),
+        ({"query": jnp.zeros((1, 4, 2))}, ValueError, r"query must be .*, got shape \(1, 4, 2\)"),
         ({"key": jnp.zeros((1, 4, 3, 8)), "value": jnp.zeros((1, 4, 3, 8))}, ValueError, "multiple of key/value heads"),
         ({"value": jnp.zeros((1, 5, 2, 8))}, ValueError, "key and value must agree"),
         ({"key": jnp.zeros((1, 4, 2, 8), jnp.bfloat16)}, TypeError, "must share a dtype"),
-        ({"decay": jnp.zeros((1, 4))}, ValueError, r"decay must have shape \(1, 4, 2\) or \(1, 4, 2, 8\), got \(1, 4\)"),
+        ({"decay": jnp.zeros((1, 4))}, ValueError, r"shape \(1, 4, 2\) or \(1, 4, 2, 8\), got \(1, 4\)"),
         ({"decay": jnp.zeros((1, 4, 2, 8)), "feature_map": "taylor"}, ValueError, r"decay must have shape \(1, 4, 2\)"),
         ({"decay": jnp.zeros((1, 4, 2), jnp.int32)}, TypeError, "decay must be floating point, got int32"),
         ({"feature_map": "cosine"}, ValueError, "feature_map must be one of .* got 'cosine'"),

@@ -46,7 +46,7 @@ def step(name, batch=8, time=2048):
     return jax.value_and_grad(loss, has_aux=True), arrays(batch, time, *size)
 
 
-@pytest.mark.parametrize("target", ["tpu-v5e", pytest.param("tpu-v6e", marks=pytest.mark.slow), "h100"])
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e", "h100"])
 @pytest.mark.parametrize("name", SIZES)
 def test_forward_and_backward_are_kernels(name, target):
     compiled = compile_for(target, *step(name))
@@ -59,5 +59,6 @@ def test_forward_and_backward_are_kernels(name, target):
 
 @pytest.mark.parametrize("name", ["gla", "based", "gated_delta"])
 def test_memory_is_linear_in_time(name):
-    short, long = (report(compile_for("tpu-v5e", *step(name, 1, time))).temporary_bytes for time in (2048, 8192))
+    short, long = (report(compile_for("tpu-v5e", *step(name, 8, time))).temporary_bytes for time in (2048, 8192))
+    assert short > 0
     assert long <= 4.2 * short
