@@ -9,7 +9,6 @@ from kernels import recurrent
 from kernels.common import Implementation, check_implementation
 from kernels.delta_rule import reference
 from kernels.delta_rule.chunked import Chunk
-from kernels.recurrent.tile import STRONGEST_DECAY
 
 
 def delta_rule(
@@ -57,7 +56,7 @@ def delta_rule(
     recurrent.check_array("beta", beta, (batch, time, heads))
     if decay is not None:
         recurrent.check_array("decay", decay, (batch, time, heads))
-        decay = jnp.maximum(decay.astype(jnp.float32), STRONGEST_DECAY)
+        decay = decay.astype(jnp.float32)
     shape = (batch, heads, width, value.shape[3])
     if state is None:
         state = jnp.zeros(shape)

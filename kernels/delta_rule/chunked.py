@@ -42,7 +42,7 @@ class Chunk:
           The state after it and out (time, E).
         """
         (memory,) = state
-        query, key, value, decay = inputs["query"], inputs["key"], inputs["value"], inputs.get("decay")
+        query, key, value, decay = inputs["query"], inputs["key"], inputs["value"], tile.bounded(inputs.get("decay"))
         row, column = tile.places(query.shape[0], query.shape[0])
         beta = tile.as_column(inputs["beta"])
         overlap, weights = product(key, key, (1, 1), arithmetic), product(query, key, (1, 1), arithmetic)

@@ -12,7 +12,6 @@ from kernels.common import Implementation, check_implementation
 from kernels.linear_attention import reference
 from kernels.linear_attention.chunked import Chunk
 from kernels.linear_attention.features import FeatureMap, Options, feature_size, taylor_features
-from kernels.recurrent.tile import STRONGEST_DECAY
 
 __all__ = ["FeatureMap", "LinearAttentionState", "feature_size", "linear_attention", "taylor_features"]
 
@@ -85,7 +84,7 @@ def linear_attention(
         if feature_map != "taylor":
             shapes.append((batch, time, heads, width))
         recurrent.check_array("decay", decay, *shapes)
-        decay = jnp.maximum(decay.astype(jnp.float32), STRONGEST_DECAY)
+        decay = decay.astype(jnp.float32)
     size = feature_size(feature_map, width)
     memory_shape = (batch, heads, size, value.shape[3])
     if state is None:

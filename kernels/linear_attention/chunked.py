@@ -46,7 +46,7 @@ class Chunk:
         """
         options, (memory, key_sum) = self.options, state
         query, key, value = inputs["query"], inputs["key"], inputs["value"]
-        decay, channel_decay = inputs.get("decay"), inputs.get("channel_decay")
+        decay, channel_decay = (tile.bounded(inputs.get(name)) for name in ("decay", "channel_decay"))
         row, column = tile.places(query.shape[0], query.shape[0])
         scale = options.scale
         query, key = pointwise(query, options.feature_map), pointwise(key, options.feature_map)

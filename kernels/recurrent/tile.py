@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-STRONGEST_DECAY = -120.0  # exp(-120) is 0 in float32; stands for any log decay below it, -inf included
+_STRONGEST_DECAY = -120.0  # exp(-120) is 0 in float32; stands for any log decay below it, -inf included
 
 
 class Arithmetic(NamedTuple):
@@ -133,6 +133,11 @@ def as_column(row: jax.Array) -> jax.Array:
     """(1, time) -> (time, 1)."""
     i, j = places(row.shape[1], row.shape[1])
     return jnp.sum(jnp.where(i == j, row, 0.0), axis=1, keepdims=True)
+
+
+def bounded(decay: jax.Array | None) -> jax.Array | None:
+    """Log decays that can be summed: what is as good as -inf becomes finite."""
+    return None if decay is None else jnp.maximum(decay, _STRONGEST_DECAY)
 
 
 def _halvings(length: int) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
