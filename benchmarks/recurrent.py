@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -114,23 +115,27 @@ def cpu(length: int = 2048) -> Iterable[str]:
         inputs = arrays(name, 1, length, 4, 16 if name == "based" else 64, 64)
         on_device = jax.tree.map(jnp.asarray, inputs)
 
-        def forward(implementation: str, named: Any, function=function, options=options) -> jax.Array:
-            return function(**named, **options, implementation=implementation)[0]
-
         times = {}
         for implementation in ("chunked", "reference"):
-            run = jax.jit(lambda named, i=implementation, f=forward: f(i, named))
-            grad = jax.jit(jax.grad(lambda named, i=implementation, f=forward: f(i, named).sum()))
-            times[implementation] = [
-                seconds(lambda r=r: jax.block_until_ready(r(on_device)), repeats)
-                for r, repeats in ((run, 7), (grad, 5))
-            ]
+            run = partial(_first_output, function, options | {"implementation": implementation})
+            grad = jax.grad(lambda named, run=run: run(named).sum())
+            times[implementation] = _run_seconds(run, on_device, 7), _run_seconds(grad, on_device, 5)
         torch_time = seconds(torch_token_by_token(name, inputs), 3)
         (fast, fast_grad), (slow, slow_grad) = times["chunked"], times["reference"]
         yield (
-            f"{name:14}{1e3 * fast:>8.1f}ms{1e3 * slow:>8.1f}ms{slow / fast:>7.1f}x{1e3 * torch_time:>8.0f}ms"
-            f"{torch_time / fast:>7.0f}x{1e3 * fast_grad:>8.1f}ms{1e3 * slow_grad:>8.1f}ms{slow_grad / fast_grad:>7.1f}x"
+            f"{name:14}{1e3 * fast:>8.1f}ms{1e3 * slow:>8.1f}ms{slow / fast:>7.1f}x"
+            f"{1e3 * torch_time:>8.0f}ms{torch_time / fast:>7.0f}x"
+            f"{1e3 * fast_grad:>8.1f}ms{1e3 * slow_grad:>8.1f}ms{slow_grad / fast_grad:>7.1f}x"
         )
+
+
+def _first_output(function: Callable[..., Any], options: dict[str, Any], named: dict[str, jax.Array]) -> jax.Array:
+    return function(**named, **options)[0]
+
+
+def _run_seconds(function: Callable[..., Any], named: dict[str, jax.Array], repeats: int) -> float:
+    compiled = jax.jit(function)
+    return seconds(lambda: jax.block_until_ready(compiled(named)), repeats)
 
 
 def decode() -> Iterable[str]:

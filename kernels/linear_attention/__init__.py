@@ -80,7 +80,7 @@ def linear_attention(
     if not epsilon >= 0:
         raise ValueError(f"epsilon must not be negative, got {epsilon}")
     if decay is not None:
-        shapes = [(batch, time, heads)]
+        shapes: list[tuple[int, ...]] = [(batch, time, heads)]
         if feature_map != "taylor":
             shapes.append((batch, time, heads, width))
         recurrent.check_array("decay", decay, *shapes)
@@ -95,8 +95,8 @@ def linear_attention(
     options = Options(float(scale), feature_map, bool(normalize), float(epsilon))
     if implementation == "reference":  # the definition is differentiated by JAX itself
         key, value = recurrent.repeat_heads(key, heads), recurrent.repeat_heads(value, heads)
-        out, state = reference.forward(query, key, value, decay, (memory, key_sum), options)
-        return out, LinearAttentionState(*state)
+        out, final = reference.forward(query, key, value, decay, (memory, key_sum), options)
+        return out, LinearAttentionState(*final)
     inputs = {"query": query, "key": key, "value": value}
     if decay is not None:
         inputs["decay" if decay.ndim == 3 else "channel_decay"] = decay

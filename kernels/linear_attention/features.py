@@ -40,7 +40,8 @@ def pointwise(x: jax.Array, feature_map: FeatureMap) -> jax.Array:
 def features(query: jax.Array, key: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
     """phi of queries and keys (..., D) -> (..., F). `scale` is inside Taylor's map and outside of every other."""
     if options.feature_map == "taylor":
-        return tuple(taylor_features(x * math.sqrt(options.scale)) for x in (query, key))
+        root = math.sqrt(options.scale)
+        return taylor_features(root * query), taylor_features(root * key)
     return options.scale * pointwise(query, options.feature_map), pointwise(key, options.feature_map)
 
 

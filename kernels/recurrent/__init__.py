@@ -8,7 +8,9 @@ inside the kernel on TPU and GPU. Between the passes nothing is kept but the inp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,8 @@ from kernels.recurrent.layout import Chunk, Inputs, State, repeat_heads
 
 __all__ = ["Chunk", "Inputs", "State", "check_array", "check_chunk_size", "check_heads", "repeat_heads", "run"]
 
-_FORWARD = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
-_BACKWARD = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
+_FORWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_BACKWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

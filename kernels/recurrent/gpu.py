@@ -209,7 +209,9 @@ def _advance(
             tokens = count_tokens(plan.time, plan.length, n)
             # The primal half of a derivative, for Triton knows no `custom_vjp`.
             (after, out), _ = jax.vjp(
-                lambda *x: chunk(*x, tokens, plan.arithmetic), before, _read_inputs(inputs, plan, at, n)
+                lambda state, inputs: chunk(state, inputs, tokens, plan.arithmetic),
+                before,
+                _read_inputs(inputs, plan, at, n),
             )
             write(outputs, at, n, before, out)
             return after
@@ -247,8 +249,8 @@ def backward(
         return _crop(jnp.concatenate(list(x), axis), like.shape)
 
     def merge(of_value: State, others: State) -> State:
-        of_value, others = iter(of_value), iter(others)
-        return tuple(next(of_value) if flag else next(others) for flag in plan.value_states)
+        each = {True: iter(of_value), False: iter(others)}
+        return tuple(next(each[flag]) for flag in plan.value_states)
 
     def pick(states: State, of_value: bool) -> State:
         return tuple(x for x, flag in zip(states, plan.value_states, strict=True) if flag == of_value)
@@ -291,7 +293,7 @@ def _backward(
             n = plan.chunks - 1 - step
             tokens = count_tokens(plan.time, plan.length, n)
             _, pull = jax.vjp(
-                lambda *x: chunk(*x, tokens, plan.arithmetic),
+                lambda state, inputs: chunk(state, inputs, tokens, plan.arithmetic),
                 _read_state(states, plan, at, n),
                 _read_inputs(inputs, plan, at, n),
             )

@@ -69,13 +69,13 @@ def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arith
     return _product(a, b, axes, arithmetic)
 
 
-def _product_forward(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic):
+def _product_forward(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic) -> Any:
     return _product(a, b, axes, arithmetic), (a, b)
 
 
 def _product_backward(
     axes: tuple[int, int], arithmetic: Arithmetic, factors: tuple[jax.Array, jax.Array], d_out: jax.Array
-):
+) -> Any:
     a, b = factors
     a_free, b_free = 1 - axes[0], 1 - axes[1]
     d_a = _product(d_out, b, (1, b_free), arithmetic) if axes[0] == 1 else _product(b, d_out, (b_free, 1), arithmetic)
@@ -92,11 +92,11 @@ def select(mask: jax.Array, x: jax.Array, axis: int, arithmetic: Arithmetic) -> 
     return _select(mask, x, (axis, 0), arithmetic)
 
 
-def _select_forward(mask: jax.Array, x: jax.Array, axis: int, arithmetic: Arithmetic):
+def _select_forward(mask: jax.Array, x: jax.Array, axis: int, arithmetic: Arithmetic) -> Any:
     return _select(mask, x, (axis, 0), arithmetic), mask
 
 
-def _select_backward(axis: int, arithmetic: Arithmetic, mask: jax.Array, d_out: jax.Array):
+def _select_backward(axis: int, arithmetic: Arithmetic, mask: jax.Array, d_out: jax.Array) -> Any:
     return jnp.zeros_like(mask), _select(mask, d_out, (1 - axis, 0), arithmetic)
 
 
@@ -109,11 +109,11 @@ def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
     return a / b
 
 
-def _quotient_forward(a: jax.Array, b: jax.Array):
+def _quotient_forward(a: jax.Array, b: jax.Array) -> Any:
     return a / b, (a / b, b)
 
 
-def _quotient_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array):
+def _quotient_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> Any:
     out, b = saved
     return d_out / b, -jnp.sum(d_out * out, axis=1, keepdims=True) / b
 
@@ -216,12 +216,12 @@ def unit_triangular_inverse(lower: jax.Array, arithmetic: Arithmetic) -> jax.Arr
     return _unit_triangular_inverse(lower, arithmetic)
 
 
-def _inverse_forward(lower: jax.Array, arithmetic: Arithmetic):
+def _inverse_forward(lower: jax.Array, arithmetic: Arithmetic) -> Any:
     inverse = _unit_triangular_inverse(lower, arithmetic)
     return inverse, inverse
 
 
-def _inverse_backward(arithmetic: Arithmetic, inverse: jax.Array, d_inverse: jax.Array):
+def _inverse_backward(arithmetic: Arithmetic, inverse: jax.Array, d_inverse: jax.Array) -> Any:
     d_lower = _fine_product(inverse, d_inverse, (0, 0), arithmetic)
     return (-_fine_product(d_lower, inverse, (1, 1), arithmetic),)
 

@@ -39,7 +39,7 @@ class _Plan(NamedTuple):
         """Of the heads of an array, how many belong to a step."""
         return max(1, self.per_step * heads // self.heads)
 
-    def on_lanes(self, array: jax.Array) -> bool:
+    def on_lanes(self, array: jax.Array | jax.ShapeDtypeStruct) -> bool:
         """Whether a step's heads, beside each other, fill the lanes: XLA need not move such an array."""
         return self.in_block(array.shape[2]) * array.shape[3] % _LANES == 0
 
@@ -167,7 +167,7 @@ def _call(
     )(*arguments)
 
 
-def _shapes(inputs: Inputs, state: State, plan: _Plan) -> tuple[State, Inputs]:
+def _shapes(inputs: Inputs, state: State, plan: _Plan) -> tuple[Any, Any]:
     """Of the matrices of one chunk."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[-2:], jnp.float32), state), {
         name: jax.ShapeDtypeStruct((plan.length, x.shape[3]) if x.ndim == 4 else (1, plan.length), jnp.float32)
@@ -255,7 +255,7 @@ def backward(
 
     def step(index: jax.Array, state: State, inputs: Inputs, *cotangents: Any) -> tuple[State, Inputs]:
         tokens = count_tokens(plan.time, plan.length, index)
-        _, pull = jax.vjp(lambda *x: chunk(*x, tokens, plan.arithmetic), state, inputs)
+        _, pull = jax.vjp(lambda state, inputs: chunk(state, inputs, tokens, plan.arithmetic), state, inputs)
         return pull(cotangents)
 
     def kernel(inputs: Any, states: Any, d_out: Any, d_final: Any, d_inputs: Any, d_state: Any, carry: Any) -> None:

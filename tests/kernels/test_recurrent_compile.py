@@ -22,7 +22,7 @@ def arrays(batch, time, heads, width, value_width, decay=None, beta=False):
     return named
 
 
-# Of the 1.3B models: RetNet, GLA (heads 4, keys half as wide as values), Mamba-2's SSD, Based, DeltaNet, Gated DeltaNet.
+# Of the 1.3B models.
 SIZES = {
     "retnet": ("linear_attention", {}, (8, 256, 512, "scalar")),
     "gla": ("linear_attention", {}, (4, 256, 512, "channel")),
