@@ -5,5 +5,6 @@
 """
 
 from kernels.attention import attention
+from kernels.prob_sparse import prob_sparse_attention
 
-__all__ = ["attention"]
+__all__ = ["attention", "prob_sparse_attention"]

@@ -51,7 +51,7 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def hash_uniform(seed: jax.Array, head: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+def hash_uniform(seed: jax.Array, *coordinates: jax.Array) -> jax.Array:
     """Uniform float32 in [0, 1) as a pure function of integer coordinates: the same in every implementation.
 
     A counter-based hash (the finaliser of MurmurHash3, once a coordinate) of uint32 words, so that a kernel can make
@@ -59,7 +59,8 @@ def hash_uniform(seed: jax.Array, head: jax.Array, row: jax.Array, column: jax.A
 
     Args:
       seed: uint32 scalar.
-      head, row, column: integer arrays that broadcast together; `head` counts batch and head as one.
+      *coordinates: integer arrays that broadcast together. For attention: the head (batch and head counted as one), the
+        query and the key.
     """
 
     def mix(word: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ def hash_uniform(seed: jax.Array, head: jax.Array, row: jax.Array, column: jax.A
         return word ^ (word >> 16)
 
     word = mix(jnp.asarray(seed, jnp.uint32) + jnp.uint32(0x9E3779B9))
-    for coordinate in (head, row, column):
+    for coordinate in coordinates:
         word = mix(word ^ (coordinate.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
     # 24 bits through int32: TPU and Triton convert signed integers only.
     return (word >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)

@@ -107,8 +107,8 @@ def test_resources_of_a_gpu_kernel():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: devices("tpu-v5"), "unknown compilation target 'tpu-v5': did you mean tpu-v5"),
-    (lambda: devices("cray"), "unknown compilation target 'cray': expected one of tpu-v5e, "),
+    (lambda: devices("tpu-v5"), "unknown target 'tpu-v5'; did you mean 'tpu-v5"),
+    (lambda: devices("cray"), "unknown target 'cray'; known: a100, h100, tpu-v5e"),
     (lambda: devices("tpu-v5e", 3), "multiple of 4 chips, got 3"),
     (lambda: devices("tpu-v5e", 512), "1 to 256 devices, got 512"),
     (lambda: devices("h100", 12), "multiple of 8, got 12"),

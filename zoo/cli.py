@@ -111,7 +111,7 @@ class Compile:
     target: str = "tpu-v5e"
     """The accelerator: tpu-v5e, tpu-v5p, tpu-v6e, h100, ..."""
     mesh: str | None = None
-    """Devices as DATAxTENSOR or DATAxFSDPxTENSOR, such as 8x4; default one device."""
+    """Devices as FSDP, FSDPxTENSOR or DATAxFSDPxTENSOR, such as 8x4; default one device."""
     train: bool = False
     """The whole training step (forward, backward, Adam) and not the forward pass."""
     batch_size: int = 8
@@ -120,11 +120,11 @@ class Compile:
     def __call__(self) -> None:
         from zoo import compilation
 
-        compilation.check_available(self.target)
-        report = compilation.compile_model(
-            self.id, self.target, mesh=_parse_mesh(self.mesh), train=self.train, batch_size=self.batch_size
+        print(
+            compilation.compile_model(
+                self.id, self.target, _parse_mesh(self.mesh), training=self.train, batch_size=self.batch_size
+            )
         )
-        Console().print(report.table())
 
 
 @dataclasses.dataclass(frozen=True)

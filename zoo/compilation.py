@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import difflib
 import functools
 import glob
 import importlib.util
@@ -32,11 +31,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from zoo import registry, train
+from zoo.errors import unknown
 
 # ---------------------------------------------------------------------------------------------------------- targets
 
@@ -94,9 +97,7 @@ def get_target(name: str | Target) -> Target:
     if isinstance(name, Target):
         return name
     if name not in TARGETS:
-        near = difflib.get_close_matches(name, TARGETS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(TARGETS)}"
-        raise ValueError(f"unknown compilation target {name!r}: {hint}")
+        raise unknown("target", name, TARGETS)
     return TARGETS[name]
 
 
@@ -369,7 +370,7 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 def _kernel_calls(program: str) -> list[tuple[str, str]]:
-    """(instruction, kernel) of every custom call: a Pallas kernel by its own name, another call by its target's."""
+    """(instruction, kernel) of every custom call: a Pallas kernel by its own name, a library's by that of the call."""
     found = []
     for line in program.splitlines():
         call = re.match(r'\s*(?:ROOT )?%?(\S+) = .*?custom-call\(.*?custom_call_target="([^"]+)"', line)
@@ -381,6 +382,8 @@ def _kernel_calls(program: str) -> list[tuple[str, str]]:
         elif called == "__gpu$xla.gpu.triton":
             # XLA prints the attributes in alphabetical order, `name` after the kernel's bytecode.
             kernel = re.findall(r'name = "([^"]+)", num_stages', line)[-1]
+        elif re.match(r"[A-Z]", called):  # ConcatBitcast, AllocateBuffer, ...: XLA's own notes to itself
+            continue
         else:
             kernel = called
         found.append((instruction, kernel))
@@ -389,7 +392,7 @@ def _kernel_calls(program: str) -> list[tuple[str, str]]:
 
 # ---------------------------------------------------------------------------------------------- schedules, resources
 
-_BUNDLE = re.compile(r"^ +(?:0x[0-9a-f]+|0) (?:[A-Z]{2})?[ ]*:", re.MULTILINE)
+_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) (?:[A-Z]{2})?[ ]*:", re.MULTILINE)
 _BRANCH_DELAY = 4  # bundles that still run after a branch
 
 
@@ -562,3 +565,82 @@ def report(compiled: Compiled, parameters: int | None = None) -> CompilationRepo
         bytes_accessed=cost.get("bytes accessed"),
         parameters=parameters,
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def compile_model(
+    id: str,
+    target: str | Target,
+    mesh: tuple[int, ...] = (1,),
+    *,
+    training: bool = False,
+    batch_size: int = 8,
+    **overrides: Any,
+) -> CompilationReport:
+    """Compiles a registered model for a device, or for a slice over which it is sharded.
+
+    Args:
+      id: one of `zoo.list_models()`.
+      target: a name in TARGETS.
+      mesh: devices along fsdp; fsdp and tensor; or data, fsdp and tensor (`zoo.train.sharding`).
+      training: the training step (forward, backward, Adam; state donated), not the forward pass.
+      batch_size: examples in the whole batch.
+      **overrides: fields of the model's config, or dtype and param_dtype.
+
+    Raises:
+      ValueError: unknown id, target or option; a batch that the mesh does not divide; a model without a loss.
+      CompilerMissingError, DeviceMemoryError: as of `compile_for`.
+    """
+    with _environment(**_NO_CUDNN):  # backends start with the first shape that is evaluated
+        entry = registry.model(id)
+        target = get_target(target)
+        axes = train.sharding.MESH_AXES
+        if not 1 <= len(mesh) <= len(axes):
+            raise ValueError(f"a mesh has 1 to {len(axes)} axes ({', '.join(axes)}), got {mesh}")
+        sizes = dict(zip(axes, {1: (1, *mesh, 1), 2: (1, *mesh), 3: mesh}[len(mesh)], strict=True))
+        parts = math.prod(sizes[axis] for axis in train.sharding.BATCH_AXES)
+        if batch_size < 1 or batch_size % parts:
+            raise ValueError(
+                f"batch_size must be a multiple of the {parts} parts of the batch in mesh {mesh}, got {batch_size}"
+            )
+        if training and entry.loss is None:
+            raise ValueError(f"{id} has no training loss to compile")
+        module = entry.build(overrides)
+        inputs = entry.example_inputs(module.config, batch_size)
+        device_mesh = make_mesh(target, sizes)
+        batch_spec = PartitionSpec(train.sharding.BATCH_AXES)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        optimizer = train.build_optimizer(train.OptimizerConfig(name="adam"), total_steps=1)
+
+        def create(key: jax.Array) -> train.TrainState:
+            return train.create_state(lambda rng: module.init(rng, **inputs), optimizer, key)
+
+        state = jax.eval_shape(create, key)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        shardings = train.sharding.state_shardings(state, device_mesh)
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            nn.unbox(state),
+            shardings,
+        )
+        if training:
+            batch = inputs | (entry.example_targets(module.config, batch_size) if entry.example_targets else {})
+            step = train.make_train_step(entry.loss(module), optimizer, state, rng_streams=("dropout", "sample"))
+            arguments = (state, batch)
+        else:
+
+            def step(variables: Any, inputs: Any, key: jax.Array) -> Any:
+                return module.apply(variables, **inputs, rngs={"sample": key})
+
+            arguments = (state.evaluation_variables, inputs, state.rng)
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments[0])
+        compiled = compile_for(
+            target,
+            step,
+            *arguments,
+            mesh=device_mesh,
+            in_shardings=(specs, batch_spec, PartitionSpec())[: len(arguments)],
+        )
+        return report(compiled, parameters)

@@ -88,7 +88,7 @@ def attention(
     if implementation == "reference":  # the definition is differentiated by JAX itself
         out, logsumexp = reference.forward(operands, options)
     else:
-        out, logsumexp = _attention(operands, options, implementation)
+        out, logsumexp = _jitted(operands, options, implementation)
     return (out, logsumexp) if return_logsumexp else out
 
 
@@ -101,12 +101,19 @@ def _attention(
     )
 
 
-def _forward(operands: Operands, options: Options, implementation: Implementation | None):
+def _forward(
+    operands: Operands, options: Options, implementation: Implementation | None
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Operands, jax.Array, jax.Array]]:
     out, logsumexp = _attention(operands, options, implementation)
     return (out, logsumexp), (operands, out, logsumexp)
 
 
-def _backward(options: Options, implementation: Implementation | None, residuals, cotangents):
+def _backward(
+    options: Options,
+    implementation: Implementation | None,
+    residuals: tuple[Operands, jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[Operands]:
     # One custom VJP around the choice of platform: the residuals are the same arrays for every implementation, so no
     # platform pays for what another one would have kept.
     operands, out, logsumexp = residuals
@@ -119,3 +126,5 @@ def _backward(options: Options, implementation: Implementation | None, residuals
 
 
 _attention.defvjp(_forward, _backward)
+# Within a program too: a network's layers then trace every platform's kernel once, not each.
+_jitted = jax.jit(_attention, static_argnums=(1, 2))

@@ -8,12 +8,14 @@ default ones, a block's range of keys is cut to what causality and the window le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels.attention.operands import Operands, Options, visible
+from kernels.attention.reference import softmax
 from kernels.common import NEGATIVE_INFINITY, hash_uniform
 
 _TILE_ELEMENTS = 2**19  # logits in a tile: 2 MiB, about a core's level-2 cache
@@ -27,7 +29,7 @@ class _Span(NamedTuple):
 
     start: int  # the first query
     block: int  # queries in a block
-    count: int  # blocks
+    blocks: int
     low: int  # the keys that the span may see
     high: int
     left: int  # how far before its first query a block looks, if width < high - low
@@ -56,42 +58,68 @@ def _spans(operands: Operands, options: Options) -> list[_Span]:
             block = min(max(rows * key_heads // heads, 1), stop - start)
             width = high - low if left is None or right is None else min(high - low, left + block + right)
             spans.append(_Span(start, block, (stop - start) // block, low, high, left or 0, width))
-            start += block * spans[-1].count
+            start += block * spans[-1].blocks
     return spans
 
 
 class _Tile(NamedTuple):
-    """Where a tile of logits lies: a batch index, a key head, a block of queries and a range of keys."""
+    """Where a tile of logits lies: a batch index, a key head, a block of queries and a range of keys.
+
+    Its rows are the queries of the block, each in the heads that share the key head: row r is query r // group.
+    """
 
     batch: jax.Array
     key_head: jax.Array
-    query_start: jax.Array
+    group: int
+    query_start: jax.Array | int
     block: int
     key_start: jax.Array
     width: int
 
     def queries(self, array: jax.Array) -> jax.Array:
-        """The block's part of an array whose leading axis is queries."""
-        return jax.lax.dynamic_slice_in_dim(array, self.query_start, self.block)
+        """(T, group, ...) -> (rows, ...)."""
+        part = jax.lax.dynamic_slice_in_dim(array, self.query_start, self.block)
+        return part.reshape(-1, *array.shape[2:])
+
+    def rows(self, array: jax.Array) -> jax.Array:
+        """(T,) -> (rows, 1)."""
+        part = jax.lax.dynamic_slice_in_dim(array, self.query_start, self.block)
+        return jnp.repeat(part, self.group)[:, None]
 
     def keys(self, array: jax.Array) -> jax.Array:
-        """The range's part of an array whose leading axis is keys."""
+        """(S, ...) -> (width, ...)."""
         return jax.lax.dynamic_slice_in_dim(array, self.key_start, self.width)
 
-    def bias_window(self, shape: tuple[int, ...], group: int) -> tuple[list[Any], list[int]]:
+    def heads(self, array: jax.Array) -> jax.Array:
+        """(H,) -> (rows, 1)."""
+        part = jax.lax.dynamic_slice_in_dim(array, self.key_head * self.group, self.group)
+        return jnp.tile(part, self.block)[:, None]
+
+    def row_index(self) -> jax.Array:
+        """The queries' indices, (rows, 1)."""
+        return (self.query_start + jnp.arange(self.block * self.group) // self.group)[:, None]
+
+    def key_index(self) -> jax.Array:
+        """The keys' indices, (width,)."""
+        return self.key_start + jnp.arange(self.width)
+
+    def bias_window(self, shape: tuple[int, ...]) -> tuple[list[Any], list[int]]:
         """Starts and sizes of the tile's part of a bias that broadcasts to (B, H, T, S)."""
-        starts = (self.batch, self.key_head * group, self.query_start, self.key_start)
-        sizes = (1, group, self.block, self.width)
+        starts = (self.batch, self.key_head * self.group, self.query_start, self.key_start)
+        sizes = (1, self.group, self.block, self.width)
         return (
             [0 if full == 1 else start for full, start in zip(shape, starts, strict=True)],
             [min(full, size) for full, size in zip(shape, sizes, strict=True)],
         )
 
 
-def _tile(span: _Span, index: jax.Array, block: jax.Array | int, key_heads: int) -> _Tile:
+def _tile(span: _Span, index: jax.Array, block: jax.Array | int, operands: Operands) -> _Tile:
+    """Tile number `block` of the span, for batch and key head number `index`."""
+    heads, key_heads = operands.query.shape[2], operands.key.shape[2]
     query_start = span.start + block * span.block
     key_start = jnp.clip(query_start - span.left, span.low, span.high - span.width)
-    return _Tile(index // key_heads, index % key_heads, query_start, span.block, key_start, span.width)
+    batch, key_head = index // key_heads, index % key_heads
+    return _Tile(batch, key_head, heads // key_heads, query_start, span.block, key_start, span.width)
 
 
 def _repeat(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, count: int) -> tuple[Any, Any]:
@@ -118,61 +146,50 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
 def _logits(
     query: jax.Array, key: jax.Array, tile: _Tile, operands: Operands, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits (block, group, width), -inf where masked, and the capped products before the bias.
+    """Logits (rows, width), NEGATIVE_INFINITY where masked, and the capped products before the bias.
 
     Args:
-      query: (block, group, D), scaled.
+      query: (rows, D), scaled.
       key: (width, D).
       tile: where they lie.
       operands: for all that acts on the logits.
       options: static options.
     """
-    block, group, width = query.shape
-    capped = _dot(query.reshape(block * group, width), key, (1, 1)).reshape(block, group, -1)
+    capped = _dot(query, key, (1, 1))
     if options.logit_softcap is not None:
         capped = options.logit_softcap * jnp.tanh(capped / options.logit_softcap)
     logits = capped
     if operands.bias is not None:
-        bias = jax.lax.dynamic_slice(operands.bias, *tile.bias_window(operands.bias.shape, group))[0]
-        logits += bias.swapaxes(0, 1).astype(jnp.float32)
+        bias = jax.lax.dynamic_slice(operands.bias, *tile.bias_window(operands.bias.shape))[0].swapaxes(0, 1)
+        bias = jnp.broadcast_to(bias, (tile.block, tile.group, bias.shape[-1]))
+        logits += bias.reshape(-1, bias.shape[-1]).astype(jnp.float32)
 
-    def of_batch(array: jax.Array | None) -> jax.Array | None:
-        if array is None:
-            return None
+    def of_batch(array: jax.Array) -> jax.Array:
         return array[0] if array.shape[0] == 1 else array[tile.batch]
 
-    def rows(array: jax.Array | None) -> jax.Array | None:
-        return None if array is None else tile.queries(of_batch(array))[:, None, None]
+    def part(function: Callable[[jax.Array], jax.Array], array: jax.Array | None) -> Any:
+        return None if array is None else function(of_batch(array))
 
-    def columns(array: jax.Array | None) -> jax.Array | None:
-        return None if array is None else tile.keys(of_batch(array))
-
-    query_index = tile.query_start + jnp.arange(tile.block)[:, None, None]
-    key_index = tile.key_start + jnp.arange(tile.width)
     mask = visible(
         options,
-        query_index if operands.query_positions is None else rows(operands.query_positions),
-        key_index if operands.key_positions is None else columns(operands.key_positions),
-        rows(operands.query_segment_ids),
-        columns(operands.key_segment_ids),
-        of_batch(operands.prefix_lengths),
-        key_index,
-        of_batch(operands.key_lengths),
+        tile.row_index() if operands.query_positions is None else part(tile.rows, operands.query_positions),
+        tile.key_index() if operands.key_positions is None else part(tile.keys, operands.key_positions),
+        part(tile.rows, operands.query_segment_ids),
+        part(tile.keys, operands.key_segment_ids),
+        part(jnp.asarray, operands.prefix_lengths),
+        tile.key_index(),
+        part(jnp.asarray, operands.key_lengths),
     )
-    return (logits if mask is None else jnp.where(mask, logits, -jnp.inf)), capped
+    return (logits if mask is None else jnp.where(mask, logits, NEGATIVE_INFINITY)), capped
 
 
 def _dropout(weights: jax.Array, tile: _Tile, operands: Operands, options: Options) -> jax.Array:
-    """Drops weights (block, group, width) and scales what is kept."""
-    if options.dropout_rate == 0:
+    """Drops weights (rows, width) and scales what is kept."""
+    if options.dropout_rate == 0 or operands.dropout_seed is None:
         return weights
-    heads, group = operands.query.shape[2], weights.shape[1]
-    uniform = hash_uniform(
-        operands.dropout_seed,
-        tile.batch * heads + tile.key_head * group + jnp.arange(group)[:, None],
-        tile.query_start + jnp.arange(tile.block)[:, None, None],
-        tile.key_start + jnp.arange(tile.width),
-    )
+    heads = operands.query.shape[2]
+    head = tile.batch * heads + tile.heads(jnp.arange(heads))
+    uniform = hash_uniform(operands.dropout_seed, head, tile.row_index(), tile.key_index())
     return jnp.where(uniform >= options.dropout_rate, weights / (1 - options.dropout_rate), 0)
 
 
@@ -180,6 +197,8 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     """As `reference.forward`, in memory linear in the lengths."""
     batch, queries, heads, _ = operands.query.shape
     key_heads, value_width = operands.value.shape[2:]
+    if queries == 1:
+        return _one_query(operands, options)
     group = heads // key_heads
     spans = _spans(operands, options)
 
@@ -188,30 +207,26 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
         query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
         key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
         value = _head(operands.value, batch_index, key_head, key_heads)[:, 0]
-        sinks = None
-        if operands.sinks is not None:
-            sinks = jax.lax.dynamic_slice_in_dim(operands.sinks.astype(jnp.float32), key_head * group, group)
 
-        def one_block(span: _Span, block: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-            tile = _tile(span, index, block, key_heads)
-            logits, _ = _logits(tile.queries(query), tile.keys(key), tile, operands, options)
-            maximum = jnp.max(logits, axis=-1, initial=NEGATIVE_INFINITY)
-            if sinks is not None:
+        def one_block(span: _Span, _: None, block: jax.Array | int) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            tile = _tile(span, index, block, operands)
+            logits = _logits(tile.queries(query), tile.keys(key), tile, operands, options)[0]
+            maximum = jnp.max(logits, axis=-1, keepdims=True)
+            if operands.sinks is not None:
+                sinks = tile.heads(operands.sinks.astype(jnp.float32))
                 maximum = jnp.maximum(maximum, sinks)
-            weights = jnp.exp(logits - maximum[..., None])
-            denominator = weights.sum(axis=-1)
-            if sinks is not None:
+            weights = jnp.exp(logits - maximum)
+            denominator = weights.sum(axis=-1, keepdims=True)
+            if operands.sinks is not None:
                 denominator += jnp.exp(sinks - maximum)
-            empty = denominator == 0
-            denominator = jnp.where(empty, 1, denominator)
-            weights = _dropout(weights, tile, operands, options)
-            out = _dot(weights.reshape(-1, tile.width), tile.keys(value), (1, 0))
-            out = out.reshape(tile.block, group, value_width) / denominator[..., None]
-            return out.astype(operands.query.dtype), jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
+            empty = maximum <= NEGATIVE_INFINITY
+            out = _dot(_dropout(weights, tile, operands, options), tile.keys(value), (1, 0))
+            out = jnp.where(empty, 0, out / denominator).astype(operands.query.dtype)
+            return None, (out, jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator)))
 
         parts = []
         for span in spans:
-            _, (out, logsumexp) = _repeat(lambda _, i, span=span: (None, one_block(span, i)), None, span.count)
+            _, (out, logsumexp) = _repeat(partial(one_block, span), None, span.blocks)
             parts.append((out.reshape(-1, group, value_width), logsumexp.reshape(-1, group)))
         outs, logsumexps = zip(*parts, strict=True)
         return jnp.concatenate(outs), jnp.concatenate(logsumexps)
@@ -220,6 +235,28 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     out = out.reshape(batch, key_heads, queries, group, value_width).swapaxes(1, 2)
     logsumexp = jnp.moveaxis(logsumexp.reshape(batch, key_heads, queries, group), 2, 3)
     return out.reshape(batch, queries, heads, value_width), logsumexp.reshape(batch, heads, queries)
+
+
+def _one_query(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """A step of decoding, as by definition, but for how the cache is read.
+
+    One head's keys lie scattered in (S, G, D), and copying them costs more than all arithmetic. So all heads at once
+    multiply the cache as it lies, a matrix (S, G D), with their queries on the diagonal of zeros (G D, H).
+    """
+    batch, _, heads, width = operands.query.shape
+    keys, key_heads, value_width = operands.value.shape[1:]
+    group = heads // key_heads
+    diagonal = jnp.eye(key_heads)
+    query = options.scale * operands.query.astype(jnp.float32).reshape(batch, key_heads, group, width)
+    spread = jnp.einsum("bgrd,gk->bgrkd", query, diagonal, precision="highest").reshape(batch, heads, -1)
+    cache = operands.key.reshape(batch, keys, -1).astype(jnp.float32)
+    logits = jnp.stack([_dot(x, y, (1, 1)) for x, y in zip(spread, cache, strict=True)])
+    weights, logsumexp = softmax(logits[:, :, None], operands, options)
+    cache = operands.value.reshape(batch, keys, -1).astype(jnp.float32)
+    out = jnp.stack([_dot(x, y, (1, 0)) for x, y in zip(weights[:, :, 0], cache, strict=True)])
+    out = out.reshape(batch, key_heads, group, key_heads, value_width)
+    out = jnp.einsum("bgrkd,gk->bgrd", out, diagonal, precision="highest")
+    return out.reshape(batch, 1, heads, value_width).astype(operands.query.dtype), logsumexp
 
 
 def backward(
@@ -251,7 +288,7 @@ def backward(
     by_key_head = (batch, key_heads, group, queries)
     d_logsumexp, finite = d_logsumexp.reshape(by_key_head), finite.reshape(by_key_head)
 
-    def one_head(d_bias: jax.Array | None, index: jax.Array):
+    def one_head(d_bias: jax.Array | None, index: jax.Array) -> tuple[Any, Any]:
         batch_index, key_head = index // key_heads, index % key_heads
         query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
         key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
@@ -259,37 +296,33 @@ def backward(
         d_head = _head(d_out, batch_index, key_head, key_heads)
         d_row, row_logsumexp = (x[batch_index, key_head].T for x in (d_logsumexp, finite))
 
-        def one_block(span: _Span, carry, block: jax.Array | int):
+        def one_block(span: _Span, carry: Any, block: jax.Array | int) -> tuple[Any, Any]:
             d_key, d_value, d_bias = carry
-            tile = _tile(span, index, block, key_heads)
-            rows = tile.block * group
-            query_block, key_range = tile.queries(query), tile.keys(key)
-            d_block = tile.queries(d_head).reshape(rows, value_width)
+            tile = _tile(span, index, block, operands)
+            query_block, key_range, d_block = tile.queries(query), tile.keys(key), tile.queries(d_head)
             logits, capped = _logits(query_block, key_range, tile, operands, options)
-            weights = jnp.exp(logits - tile.queries(row_logsumexp)[..., None])
-            d_weights = _dot(d_block, tile.keys(value), (1, 1)).reshape(weights.shape)
-            d_weights = _dropout(d_weights, tile, operands, options)
+            weights = jnp.exp(logits - tile.queries(row_logsumexp)[:, None])
+            d_weights = _dropout(_dot(d_block, tile.keys(value), (1, 1)), tile, operands, options)
             delta = jnp.sum(weights * d_weights, axis=-1) - tile.queries(d_row)
-            d_logits = weights * (d_weights - delta[..., None])
-            dropped = _dropout(weights, tile, operands, options).reshape(rows, -1)
-            d_value = _add(d_value, _dot(dropped, d_block, (0, 0)), [tile.key_start, 0])
+            d_logits = weights * (d_weights - delta[:, None])
+            dropped = _dropout(weights, tile, operands, options)
+            d_value = _add(d_value, _dot(d_block, dropped, (0, 0)), [0, tile.key_start])
             if d_bias is not None:
-                starts, sizes = tile.bias_window(d_bias.shape, group)
-                part = d_logits.swapaxes(0, 1)[None]
+                starts, sizes = tile.bias_window(d_bias.shape)
+                part = d_logits.reshape(1, tile.block, group, tile.width).swapaxes(1, 2)
                 summed = [axis for axis, size in enumerate(sizes) if size == 1]
                 d_bias = _add(d_bias, part.sum(axis=summed, keepdims=True), starts)
             if options.logit_softcap is not None:
                 d_logits *= 1 - (capped / options.logit_softcap) ** 2
-            d_products = d_logits.reshape(rows, -1)
-            d_query = options.scale * _dot(d_products, key_range, (1, 0))
-            d_key = _add(d_key, _dot(d_products, query_block.reshape(rows, width), (0, 0)), [tile.key_start, 0])
-            d_query = d_query.reshape(tile.block, group, width).astype(operands.query.dtype)
+            d_query = (options.scale * _dot(d_logits, key_range, (1, 0))).astype(operands.query.dtype)
+            d_key = _add(d_key, _dot(query_block, d_logits, (0, 0)), [0, tile.key_start])
             return (d_key, d_value, d_bias), (d_query, delta)
 
-        carry = (jnp.zeros((keys, width)), jnp.zeros((keys, value_width)), d_bias)
+        # Sums with the keys last: a product whose large factor were read down its columns is twice as slow.
+        carry = (jnp.zeros((width, keys)), jnp.zeros((value_width, keys)), d_bias)
         parts = []
         for span in spans:
-            carry, (d_query, delta) = _repeat(lambda carry, i, span=span: one_block(span, carry, i), carry, span.count)
+            carry, (d_query, delta) = _repeat(partial(one_block, span), carry, span.blocks)
             parts.append((d_query.reshape(-1, group, width), delta.reshape(-1, group)))
         d_key, d_value, d_bias = carry
         d_queries, deltas = map(jnp.concatenate, zip(*parts, strict=True))
@@ -299,9 +332,9 @@ def backward(
     d_bias = None if operands.bias is None else jnp.zeros(operands.bias.shape)
     d_bias, (d_query, d_key, d_value, delta) = jax.lax.scan(one_head, d_bias, jnp.arange(batch * key_heads))
     d_query = d_query.reshape(batch, key_heads, queries, group, width).swapaxes(1, 2)
-    d_key = d_key.reshape(batch, key_heads, keys, width).swapaxes(1, 2)
-    d_value = d_value.reshape(batch, key_heads, keys, value_width).swapaxes(1, 2)
-    if operands.bias is not None:
+    d_key = jnp.moveaxis(d_key.reshape(batch, key_heads, width, keys), 3, 1)
+    d_value = jnp.moveaxis(d_value.reshape(batch, key_heads, value_width, keys), 3, 1)
+    if operands.bias is not None and d_bias is not None:
         d_bias = d_bias.astype(operands.bias.dtype)
     d_sinks = None
     if operands.sinks is not None:

@@ -23,6 +23,8 @@ from kernels.attention import chunked
 from kernels.attention.operands import Operands, Options, visible
 from kernels.common import NEGATIVE_INFINITY, hash_uniform
 
+Index = jax.Array | int
+
 _LOG2E = 1 / math.log(2)
 _DECODE_ROWS = 64  # queries x heads a key head, up to which heads are folded into rows and keys are split
 _DECODE_PROGRAMS = 264  # two for each core of an H100
@@ -106,10 +108,10 @@ def _plan(operands: Operands, options: Options, kernel: str, fold: int = 1) -> _
 class _Tile(NamedTuple):
     """Where a tile of the logits lies: scalars inside a kernel."""
 
-    batch: jax.Array
-    head: jax.Array
-    first_row: jax.Array
-    first_key: jax.Array
+    batch: Index
+    head: Index
+    first_row: Index
+    first_key: Index
 
 
 def forward(operands: Operands, *, options: Options, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -117,35 +119,32 @@ def forward(operands: Operands, *, options: Options, interpret: bool) -> tuple[j
     if max(operands.query.shape[3], operands.value.shape[3]) > _WIDEST:  # no tile of such rows fits a core
         return chunked.forward(operands, options)
     dtype, operands = operands.query.dtype, _in_supported_dtype(operands)
-    batch, queries, heads, _ = operands.query.shape
-    key_heads = operands.key.shape[2]
-    fold = heads // key_heads if queries * heads // key_heads <= _DECODE_ROWS else 0
-    plan = _plan(_fold(operands, fold) if fold else operands, options, "forward", fold or 1)
-    splits = 1
-    if fold:
-        wanted = max(1, _DECODE_PROGRAMS // (plan.batch * plan.heads * plan.row_blocks))
-        splits = pl.cdiv(plan.key_blocks, pl.cdiv(plan.key_blocks, min(wanted, pl.cdiv(plan.key_blocks, 2))))
+    _, queries, heads, _ = operands.query.shape
+    group, splits = heads // operands.key.shape[2], 1
+    decoding = queries * group <= _DECODE_ROWS
+    rows = _fold(operands, group)._replace(sinks=None) if decoding else operands
+    plan = _plan(rows, options, "forward", fold=group if decoding else 1)
+    if decoding:
+        wanted = max(1, _DECODE_PROGRAMS // (plan.batch * plan.heads))
+        splits = min(wanted, pl.cdiv(plan.key_blocks, 2))
+        splits = pl.cdiv(plan.key_blocks, pl.cdiv(plan.key_blocks, splits))  # none is empty
+    out_shape = (splits, plan.batch, plan.rows, plan.heads, plan.value_width)
     out, logsumexp = pl.pallas_call(
         partial(_forward_kernel, plan=plan, splits=splits),
         grid=(plan.batch * plan.heads * splits * plan.row_blocks,),
         out_shape=(
-            jax.ShapeDtypeStruct(
-                (splits, plan.batch, plan.rows, plan.heads, plan.value_width),
-                jnp.float32 if fold else operands.query.dtype,
-            ),
+            jax.ShapeDtypeStruct(out_shape, jnp.float32 if decoding else operands.query.dtype),
             jax.ShapeDtypeStruct((splits, plan.batch, plan.heads, plan.rows), jnp.float32),
         ),
         compiler_params=_compiler_params(plan),
         interpret=interpret,
         name="attention_gpu_forward",
-    )(_fold(operands, fold)._replace(sinks=None) if fold else operands)
-    if not fold:
-        return out[0].astype(dtype), logsumexp[0]
-    return _combine(
-        out.reshape(splits, batch, queries, fold, key_heads, -1).swapaxes(3, 4).reshape(splits, batch, queries, heads, -1),
-        logsumexp.reshape(splits, batch, key_heads, queries, fold).swapaxes(3, 4).reshape(splits, batch, heads, queries),
-        operands.sinks, dtype,
-    )  # fmt: skip
+    )(rows)
+    if decoding:
+        out, logsumexp = _combine(*_unfold(out, logsumexp, group), operands.sinks)
+    else:
+        out, logsumexp = out[0], logsumexp[0]
+    return out.astype(dtype), logsumexp
 
 
 def backward(
@@ -211,7 +210,8 @@ def backward(
         # The sink's own probability, times its d logit, -delta.
         sink = operands.sinks.astype(jnp.float32)[None, :, None]
         d_sinks = -jnp.sum(jnp.exp(sink - logsumexp) * residuals.delta, axis=(0, 2)).astype(operands.sinks.dtype)
-    return Operands(*(gradient.astype(dtype) for gradient in (d_query, d_key, d_value)), d_bias, d_sinks)
+    d_query, d_key, d_value = (gradient.astype(dtype) for gradient in (d_query, d_key, d_value))
+    return Operands(d_query, d_key, d_value, d_bias, d_sinks)
 
 
 def _in_supported_dtype(operands: Operands) -> Operands:
@@ -238,11 +238,11 @@ def _program(*sizes: int) -> list[jax.Array]:
     return places[::-1]
 
 
-def _range(first: jax.Array, size: int) -> jax.Array:
+def _range(first: Index, size: int) -> jax.Array:
     return first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def _load_matrix(ref: Any, batch: Any, first: Any, size: int, head: Any, bounded: bool = True) -> jax.Array:
+def _load_matrix(ref: Any, batch: Index, first: Index, size: int, head: Index, bounded: bool = True) -> jax.Array:
     """(size, width) of (B, time, heads, width), zero beyond its edges; the width is padded to a power of 2."""
     length, width = ref.shape[1], ref.shape[3]
     padded = max(pl.next_power_of_2(width), 16)
@@ -256,26 +256,26 @@ def _load_matrix(ref: Any, batch: Any, first: Any, size: int, head: Any, bounded
     return plgpu.load(ref.at[batch, pl.ds(first, size), head, pl.ds(0, padded)], mask=mask, other=other)
 
 
-def _store_matrix(ref: Any, places: tuple[Any, ...], first: Any, head: Any, value: jax.Array) -> None:
+def _store_matrix(ref: Any, places: tuple[Index, ...], first: Index, head: Index, value: jax.Array) -> None:
     length, _, width = ref.shape[-3:]
     size, padded = value.shape
     mask = (_range(first, size) < length)[:, None] & (_range(0, padded) < width)[None]
     plgpu.store(ref.at[(*places, pl.ds(first, size), head, pl.ds(0, padded))], value.astype(ref.dtype), mask=mask)
 
 
-def _shared(places: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+def _shared(places: tuple[Index, ...], shape: tuple[int, ...]) -> tuple[Index, ...]:
     # Traced even where it is always 0: the interpreter knows no static index.
     return tuple(jnp.minimum(place, extent - 1) for place, extent in zip(places, shape, strict=False))
 
 
-def _load_vector(ref: Any, places: tuple[Any, ...], first: Any, size: int, other: float = 0) -> jax.Array:
+def _load_vector(ref: Any, places: tuple[Index, ...], first: Index, size: int, other: float = 0) -> jax.Array:
     """(size,) along the last axis, `other` beyond its edge; an axis of size 1 is shared by all places."""
     places = _shared(places, ref.shape)
     inside = _range(first, size) < ref.shape[-1]
     return plgpu.load(ref.at[(*places, pl.ds(first, size))], mask=inside, other=jnp.asarray(other, ref.dtype))
 
 
-def _store_vector(ref: Any, places: tuple[Any, ...], first: Any, value: jax.Array) -> None:
+def _store_vector(ref: Any, places: tuple[Index, ...], first: Index, value: jax.Array) -> None:
     inside = _range(first, value.size) < ref.shape[-1]
     plgpu.store(ref.at[(*places, pl.ds(first, value.size))], value, mask=inside)
 
@@ -290,6 +290,7 @@ def _logits(
     """A tile (rows, keys) of biased logits, -inf where masked, and the slope d logits / d (query . key)."""
     product = _dot(query, key, (1, 1))
     cap, scale = plan.options.logit_softcap, plan.options.scale
+    slope: jax.Array | float
     if cap is None:
         logits, slope = product * (scale * _LOG2E), scale
     else:
@@ -320,10 +321,10 @@ def _mask(refs: Operands, plan: _Plan, at: _Tile) -> jax.Array | None:
     rows, keys = plan.blocks.rows, plan.blocks.keys
     key_index = _range(at.first_key, keys)
 
-    def of_rows(ref: Any) -> jax.Array | None:
+    def of_rows(ref: Any) -> Any:
         return None if ref is None else _load_vector(ref, (at.batch,), at.first_row, rows)[:, None]
 
-    def of_keys(ref: Any) -> jax.Array | None:
+    def of_keys(ref: Any) -> Any:
         return None if ref is None else _load_vector(ref, (at.batch,), at.first_key, keys)[None]
 
     mask = visible(
@@ -348,9 +349,9 @@ def _tokens(plan: _Plan, at: _Tile) -> jax.Array:
     return row if plan.fold == 1 else jax.lax.div(row, plan.fold)
 
 
-def _kept(refs: Operands, plan: _Plan, at: _Tile) -> jax.Array:
+def _kept(refs: Any, plan: _Plan, at: _Tile) -> jax.Array:
     """The weights of a tile that dropout keeps."""
-    head = at.head
+    head: Any = at.head
     if plan.fold > 1:
         head = (at.head * plan.fold + jax.lax.rem(_range(at.first_row, plan.blocks.rows), plan.fold))[:, None]
     head = at.batch * (plan.heads * plan.fold) + head
@@ -359,7 +360,7 @@ def _kept(refs: Operands, plan: _Plan, at: _Tile) -> jax.Array:
     return uniform >= plan.options.dropout_rate
 
 
-def _key_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Any, Any, Any]:
+def _key_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Index, Index, Index]:
     """Key blocks (first, unmasked, last) of a tile's rows: those in [unmasked, last) need a mask, none are beyond."""
     options, rows, keys = plan.options, plan.blocks.rows, plan.blocks.keys
     low = jax.lax.div(at.first_row, plan.fold)
@@ -369,7 +370,9 @@ def _key_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Any, Any, Any]:
         inside = _range(at.first_row, rows) < plan.rows
         low = jnp.min(jnp.where(inside, positions, jnp.iinfo(jnp.int32).max))
         high = jnp.max(jnp.where(inside, positions, jnp.iinfo(jnp.int32).min))
-    first, unmasked, last = 0, plan.keys, plan.keys
+    first: Index = 0
+    unmasked: Index = plan.keys
+    last: Index = plan.keys
     if refs.key_positions is None:  # else a key's index says nothing of its position
         if options.causal:
             prefix = 0 if refs.prefix_lengths is None else refs.prefix_lengths[at.batch]
@@ -393,7 +396,7 @@ def _key_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Any, Any, Any]:
     return first, jnp.clip(jax.lax.div(jnp.maximum(unmasked, 0), keys), first, last), last
 
 
-def _over_key_blocks(body: Any, ranges: tuple[Any, Any, Any], carry: Any) -> Any:
+def _over_key_blocks(body: Any, ranges: tuple[Index, Index, Index], carry: Any) -> Any:
     """Runs body(block, carry, masked=...) over the key blocks, without a mask where none is needed."""
     first, unmasked, last = ranges
     if unmasked is not first:
@@ -478,16 +481,23 @@ def _fold(operands: Operands, fold: int) -> Operands:
     )
 
 
-def _combine(
-    out: jax.Array, logsumexp: jax.Array, sinks: jax.Array | None, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
+def _unfold(out: jax.Array, logsumexp: jax.Array, fold: int) -> tuple[jax.Array, jax.Array]:
+    """(parts, B, T x fold, G, E) and (parts, B, G, T x fold) with the heads back in their place."""
+    parts, batch, rows, key_heads, width = out.shape
+    queries, heads = rows // fold, key_heads * fold
+    out = out.reshape(parts, batch, queries, fold, key_heads, width).swapaxes(3, 4)
+    logsumexp = logsumexp.reshape(parts, batch, key_heads, queries, fold).swapaxes(3, 4)
+    return out.reshape(parts, batch, queries, heads, width), logsumexp.reshape(parts, batch, heads, queries)
+
+
+def _combine(out: jax.Array, logsumexp: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The softmax over all keys from those over each part of them: (parts, B, T, H, E), (parts, B, H, T)."""
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (1, *logsumexp.shape[1:]))
         logsumexp = jnp.concatenate([logsumexp, sink])
     total = jax.nn.logsumexp(logsumexp, axis=0)
     weights = jnp.exp(logsumexp - jnp.where(jnp.isneginf(total), 0, total))[: out.shape[0]]
-    return jnp.einsum("pbthe,pbht->bthe", out, weights, precision="highest").astype(dtype), total
+    return jnp.einsum("pbthe,pbht->bthe", out, weights, precision="highest"), total
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -525,7 +535,7 @@ class _Gradients(NamedTuple):
     """Tiles (rows, keys)."""
 
     probabilities: jax.Array
-    weights: jax.Array  # the same after dropout
+    weights: jax.Array  # those that dropout keeps, not yet divided by 1 - rate: in bfloat16, 1 is exact, 1 / 0.9 not
     d_probabilities: jax.Array
     d_logits: jax.Array  # biased ones
     slope: jax.Array | float  # d logits / d (query . key)
@@ -539,8 +549,9 @@ def _gradients(
     d_probabilities = _dot(of_rows.d_out, value, (1, 1))
     weights = probabilities
     if plan.options.dropout_rate > 0:
-        factor = jnp.where(_kept(refs, plan, at), 1 / (1 - plan.options.dropout_rate), 0.0)
-        weights, d_probabilities = weights * factor, d_probabilities * factor
+        kept = _kept(refs, plan, at)
+        weights = jnp.where(kept, weights, 0.0)
+        d_probabilities = jnp.where(kept, d_probabilities * (1 / (1 - plan.options.dropout_rate)), 0.0)
     d_logits = probabilities * (d_probabilities - of_rows.delta[:, None])
     return _Gradients(probabilities, weights, d_probabilities, d_logits, slope)
 
@@ -574,11 +585,11 @@ def _d_query_kernel(
             new["d_bias"], new["probability"] = tile.d_logits.sum(axis=1), tile.probabilities.sum(axis=1)
         return {name: sums[name] + term for name, term in new.items()}
 
-    names = (
-        ["d_query"] + ["keys", "delta"] * (delta_ref is not None) + ["d_bias", "probability"] * (d_bias_ref is not None)
-    )
-    shapes = {"d_query": of_rows.query.shape, "keys": of_rows.query.shape}
-    sums = {name: jnp.zeros(shapes.get(name, (rows,)), jnp.float32) for name in names}
+    sums = {"d_query": jnp.zeros(of_rows.query.shape, jnp.float32)}
+    if delta_ref is not None:
+        sums |= {"keys": sums["d_query"], "delta": jnp.zeros((rows,), jnp.float32)}
+    if d_bias_ref is not None:
+        sums |= {"d_bias": jnp.zeros((rows,), jnp.float32), "probability": jnp.zeros((rows,), jnp.float32)}
     sums = _over_key_blocks(body, _key_blocks(refs, plan, at), sums)
     d_query, correction = sums["d_query"], None
     if delta_ref is not None:
@@ -592,10 +603,11 @@ def _d_query_kernel(
         _store_vector(d_bias_ref, (batch, head), at.first_row, d_bias)
 
 
-def _row_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Any, Any]:
+def _row_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Index, Index]:
     """Row blocks [first, last) of which some row may see some key of the tile."""
     options, rows, keys = plan.options, plan.blocks.rows, plan.blocks.keys
-    first, last = 0, plan.rows
+    first: Index = 0
+    last: Index = plan.rows
     if refs.query_positions is None and refs.key_positions is None:
         if options.causal:
             first = at.first_key
@@ -607,7 +619,7 @@ def _row_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Any, Any]:
         if right is not None:
             first = jnp.maximum(first, at.first_key - right)
     if refs.key_lengths is not None:
-        last = jnp.where(at.first_key < refs.key_lengths[at.batch], last, 0)
+        last *= (at.first_key < refs.key_lengths[at.batch]).astype(jnp.int32)
     return jax.lax.div(first, rows), jax.lax.div(last + (rows - 1), rows)
 
 
@@ -643,6 +655,7 @@ def _d_key_value_kernel(
     carry = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     d_key, d_value = jax.lax.fori_loop(0, plan.group, of_head, carry)
     _store_matrix(d_key_ref, (batch,), at.first_key, key_head, d_key)
+    d_value *= 1 / (1 - plan.options.dropout_rate)
     _store_matrix(d_value_ref, (batch,), at.first_key, key_head, d_value)
 
 

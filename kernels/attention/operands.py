@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def visible(
 
     The one definition of the mask: a whole matrix in the reference, a tile of it in the kernels.
     """
-    conditions = []
+    conditions: list[Any] = []
     if options.causal:
         seen = key_position <= query_position
         conditions.append(seen if prefix_length is None else seen | (key_position < prefix_length))
@@ -67,9 +67,9 @@ def visible(
             conditions.append(key_position >= query_position - left)
         if right is not None:
             conditions.append(key_position <= query_position + right)
-    if query_segment is not None:
+    if query_segment is not None and key_segment is not None:
         conditions.append(query_segment == key_segment)
-    if key_length is not None:
+    if key_length is not None and key_index is not None:
         conditions.append(key_index < key_length)
     mask = None
     for condition in conditions:
@@ -122,7 +122,7 @@ def check(operands: Operands, options: Options) -> None:
             raise TypeError(f"{name} must be floating point, got {array.dtype}")
     if bias is not None and (bias.ndim != 4 or any(b not in (1, f) for b, f in zip(bias.shape, full, strict=True))):
         raise ValueError(f"bias must broadcast to (batch, heads, queries, keys) = {full}, got {bias.shape}")
-    expected = {
+    expected: dict[str, list[tuple[int, ...]]] = {
         "sinks": [(heads,)],
         "query_positions": [(batch, queries), (1, queries)],
         "key_positions": [(batch, keys), (1, keys)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +26,19 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     query, key, value = (x.astype(jnp.float32) for x in operands[:3])
     query = query.reshape(batch, queries, key_heads, heads // key_heads, width)
     logits = options.scale * jnp.einsum("btgrd,bsgd->bgrts", query, key, precision="highest")
-    logits = logits.reshape(batch, heads, queries, keys)
+    probabilities, logsumexp = softmax(logits.reshape(batch, heads, queries, keys), operands, options)
+    probabilities = probabilities.reshape(batch, key_heads, heads // key_heads, queries, keys)
+    out = jnp.einsum("bgrts,bsge->btgre", probabilities, value, precision="highest")
+    return out.reshape(batch, queries, heads, -1).astype(operands.query.dtype), logsumexp
+
+
+def softmax(logits: jax.Array, operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
+    """From scaled products of queries and keys, float32 (B, H, T, S), to the weights of the values and log-sum-exps.
+
+    Returns:
+      Weights like `logits`, dropout included, and float32 (B, H, T).
+    """
+    batch, heads, queries, keys = logits.shape
     if options.logit_softcap is not None:
         logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
     if operands.bias is not None:
@@ -48,24 +62,22 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     logsumexp = jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
 
     probabilities = weights / denominator
-    if options.dropout_rate > 0:
+    if options.dropout_rate > 0 and operands.dropout_seed is not None:
         head, row, column = jnp.ogrid[: batch * heads, :queries, :keys]
         uniform = hash_uniform(operands.dropout_seed, head, row, column).reshape(logits.shape)
         kept = uniform >= options.dropout_rate
         probabilities = jnp.where(kept, probabilities / (1 - options.dropout_rate), 0)
-    probabilities = probabilities.reshape(batch, key_heads, heads // key_heads, queries, keys)
-    out = jnp.einsum("bgrts,bsge->btgre", probabilities, value, precision="highest")
-    return out.reshape(batch, queries, heads, -1).astype(operands.query.dtype), logsumexp.squeeze(-1)
+    return probabilities, logsumexp.squeeze(-1)
 
 
 def _mask(operands: Operands, options: Options) -> jax.Array | None:
     """(B or 1, 1, T, S), or None if every key is visible to every query."""
     queries, keys = operands.query.shape[1], operands.key.shape[1]
 
-    def rows(x: jax.Array | None) -> jax.Array | None:
+    def rows(x: jax.Array | None) -> Any:
         return None if x is None else x[:, None, :, None]
 
-    def columns(x: jax.Array | None) -> jax.Array | None:
+    def columns(x: jax.Array | None) -> Any:
         return None if x is None else x[:, None, None, :]
 
     def scalars(x: jax.Array | None) -> jax.Array | None:

@@ -15,14 +15,16 @@ CASES = {
     "causal": Case(batch=1, queries=80, keys=80, causal=True, bias=(False, True, True, True)),
     "window": Case(batch=1, queries=90, keys=150, causal=True, window=9, sinks=True, logit_softcap=1.5),
     "prefix": Case(queries=90, keys=70, causal=True, prefix=True, lengths=True, bias=(True, False, False, True)),
-    "segments": Case(batch=1, queries=90, keys=70, heads=3, key_heads=1, segments=True, bias=(False, True, True, False)),
+    "segments": Case(
+        batch=1, queries=90, keys=70, heads=3, key_heads=1, segments=True, bias=(False, True, True, False)
+    ),
     "positions": Case(batch=1, queries=70, keys=90, causal=True, window=(6, None), positions=True, dropout_rate=0.3),
     "bfloat16": Case(batch=1, queries=150, keys=150, width=20, value_width=40, dtype="bfloat16", causal=True),
     "bias shared by all": Case(heads=2, queries=40, keys=40, bias=(False, False, False, False)),
     "one token": Case(queries=1, keys=300, causal=True, positions=True, lengths=True, sinks=True),
     "few tokens": Case(queries=3, keys=200, bias=(True, True, True, True), dropout_rate=0.2, segments=True),
     "few tokens, shared bias": Case(queries=3, keys=100, bias=(False, False, True, True), logit_softcap=1.5),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

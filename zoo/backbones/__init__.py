@@ -1,0 +1,7 @@
+"""Networks that several papers build on; each takes its mixers by name."""
+
+from zoo.backbones.decoder_lm import DecoderConfig, DecoderLM, DecoderState
+from zoo.backbones.encoder import Encoder, EncoderConfig
+from zoo.backbones.vit import ViT, ViTConfig
+
+__all__ = ["DecoderConfig", "DecoderLM", "DecoderState", "Encoder", "EncoderConfig", "ViT", "ViTConfig"]

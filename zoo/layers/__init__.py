@@ -1,0 +1,1 @@
+"""Small Flax parts that papers share."""

@@ -7,6 +7,7 @@ The names: "embed" (a block's input and output features), "mlp" (a hidden layer'
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 
@@ -23,7 +24,7 @@ def dense(
     use_bias: bool = True,
     kernel_init: Callable = nn.initializers.lecun_normal(),
     bias_init: Callable = nn.initializers.zeros_init(),
-    **options,
+    **options: Any,
 ) -> nn.Dense:
     """`nn.Dense` with logical axis names (input axis, output axis); other options as of `nn.Dense`."""
     return nn.Dense(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -10,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.attention.operands import Operands, Options
 from kernels.attention.tpu.backward import backward_call, bias_gradient_call
 from kernels.attention.tpu.forward import forward_call
-from kernels.attention.tpu.plan import DECODE_QUERIES, DECODE_ROWS
+from kernels.attention.tpu.plan import DECODE_QUERIES, DECODE_ROWS, LANES
 from kernels.common import round_up
 
 
@@ -29,13 +28,18 @@ def forward(
     """
     dtype = operands.query.dtype
     operands = _in_supported_dtype(operands)
-    batch, queries, heads, _ = operands.query.shape
-    plain = operands.bias is None and operands.query_segment_ids is None and options.dropout_rate == 0
-    if plain and queries <= DECODE_QUERIES and queries * heads <= DECODE_ROWS:
-        out, logsumexp = _decode(operands, options, interpret)
+    queries, heads, width = operands.query.shape[1:]
+    group = heads // operands.key.shape[2]
+    alike = operands.bias is None and options.dropout_rate == 0  # heads may share a block of rows
+    rows_last = width % LANES == 0 and operands.value.shape[3] % LANES == 0  # how XLA lays out a cache by itself
+    few = queries <= DECODE_QUERIES and queries * heads <= DECODE_ROWS
+    if alike and rows_last and few and operands.query_segment_ids is None:
+        out, logsumexp = _decode_interleaved(operands, options, interpret)
+    elif alike and group > 1 and queries * group <= LANES:
+        out, logsumexp = _decode_grouped(operands, options, interpret)
     else:
         sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)[:, None, None]
-        out, logsumexp = forward_call(operands, sinks, options, decode=False, interpret=interpret)
+        out, logsumexp = forward_call(operands, sinks, options, interpret=interpret)
     return out.astype(dtype), logsumexp
 
 
@@ -84,14 +88,44 @@ def _in_supported_dtype(operands: Operands) -> Operands:
     return operands._replace(query=query, key=key, value=value)
 
 
-def _decode(
+def _decode_grouped(
+    operands: Operands, options: Options, interpret: bool | pltpu.InterpretParams
+) -> tuple[jax.Array, jax.Array]:
+    """A few queries: those of all heads that share keys are rows of one block."""
+    batch, queries, heads, width = operands.query.shape
+    key_heads, value_width = operands.value.shape[2:]
+    group = heads // key_heads
+
+    def per_row(values: jax.Array | None) -> jax.Array | None:
+        return None if values is None else jnp.repeat(values, group, axis=1)
+
+    positions = operands.query_positions
+    if positions is None:
+        positions = jnp.arange(queries, dtype=jnp.int32)[None]
+    query = operands.query.reshape(batch, queries, key_heads, group, width).swapaxes(2, 3)
+    packed = operands._replace(
+        query=query.reshape(batch, queries * group, key_heads, width),
+        sinks=None,
+        query_positions=per_row(positions),
+        query_segment_ids=per_row(operands.query_segment_ids),
+    )
+    sinks = None
+    if operands.sinks is not None:
+        sinks = jnp.tile(operands.sinks.astype(jnp.float32).reshape(key_heads, 1, group), (1, 1, queries))
+    out, logsumexp = forward_call(packed, sinks, options, interpret=interpret)
+    out = out.reshape(batch, queries, group, key_heads, value_width).swapaxes(2, 3)
+    logsumexp = logsumexp.reshape(batch, key_heads, queries, group).swapaxes(2, 3)
+    return out.reshape(batch, queries, heads, value_width), logsumexp.reshape(batch, heads, queries)
+
+
+def _decode_interleaved(
     operands: Operands, options: Options, interpret: bool | pltpu.InterpretParams
 ) -> tuple[jax.Array, jax.Array]:
     """A few queries against a cache that stays as it lies, (B, S, G, D).
 
-    Reading the cache takes far longer than arithmetic does. So all heads' queries are rows of one block and all heads'
-    keys are one long sequence, of which a row may see those of its own head: segments. That multiplies G times too
-    much, and moves no byte twice.
+    Reading the cache takes far longer than arithmetic does. So all heads' queries are rows of one block, and all heads'
+    keys one long sequence of which a row sees those of its own head. That multiplies G times too much and moves no byte
+    twice.
     """
     batch, queries, heads, width = operands.query.shape
     keys, key_heads, value_width = operands.value.shape[1:]
@@ -101,40 +135,44 @@ def _decode(
     def per_row(values: jax.Array) -> jax.Array:
         return jnp.pad(values, ((0, 0), (0, padding)), mode="edge")
 
-    positional = options.causal or options.window is not None
-    query_positions = key_positions = query_heads = key_head = key_lengths = None
-    if positional:
-        query_positions, key_positions = operands.query_positions, operands.key_positions
-        if query_positions is None:
-            query_positions = jnp.arange(queries, dtype=jnp.int32)[None]
-        if key_positions is None:
-            key_positions = jnp.arange(keys, dtype=jnp.int32)[None]
-        query_positions = per_row(jnp.repeat(query_positions, heads, axis=1))
-        key_positions = jnp.repeat(key_positions, key_heads, axis=1)
-    if key_heads > 1:
-        query_heads = per_row(jnp.tile(jnp.arange(heads, dtype=jnp.int32) // (heads // key_heads), queries)[None])
-        key_head = jnp.tile(jnp.arange(key_heads, dtype=jnp.int32), keys)[None]
-    if operands.key_lengths is not None:
-        key_lengths = operands.key_lengths * key_heads
+    positions, key_positions = operands.query_positions, operands.key_positions
+    if positions is None:
+        positions = jnp.arange(queries, dtype=jnp.int32)[None]
+    if not options.causal and options.window is None:
+        key_positions = None
     query = operands.query.reshape(batch, rows, 1, width)
     flat = Operands(
         query=jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0))),
         key=operands.key.reshape(batch, keys * key_heads, 1, width),
         value=operands.value.reshape(batch, keys * key_heads, 1, value_width),
-        query_positions=query_positions,
-        key_positions=key_positions,
-        query_segment_ids=query_heads,
-        key_segment_ids=key_head,
+        query_positions=per_row(jnp.repeat(positions, heads, axis=1)),
+        key_positions=None if key_positions is None else _repeat(key_positions, key_heads),
         prefix_lengths=operands.prefix_lengths,
-        key_lengths=key_lengths,
+        key_lengths=None if operands.key_lengths is None else operands.key_lengths * key_heads,
     )
     sinks = None
     if operands.sinks is not None:
         sinks = per_row(jnp.tile(operands.sinks.astype(jnp.float32), queries)[None])[None]
-    out, logsumexp = forward_call(flat, sinks, options, decode=True, interpret=interpret)
+    out, logsumexp = forward_call(
+        flat,
+        sinks,
+        options,
+        interleaved=key_heads,
+        query_heads=per_row(jnp.tile(jnp.arange(heads, dtype=jnp.int32) // (heads // key_heads), queries)[None]),
+        interpret=interpret,
+    )
     return (
         out[:, :rows].reshape(batch, queries, heads, value_width),
         logsumexp[:, 0, :rows].reshape(batch, queries, heads).swapaxes(1, 2),
     )
 
 
+def _repeat(values: jax.Array, times: int) -> jax.Array:
+    """`jnp.repeat` along axis 1, written so that no intermediate has a short last axis, which TPUs pad to 128."""
+    if LANES % times or values.shape[1] % (LANES // times):
+        return jnp.repeat(values, times, axis=1)
+    several = LANES // times
+    spread = jnp.arange(several)[:, None] == jnp.arange(LANES)[None] // times
+    return jnp.sum(jnp.where(spread, values.reshape(-1, values.shape[1] // several, several, 1), 0), axis=2).reshape(
+        values.shape[0], -1
+    )

@@ -11,6 +11,7 @@ Every product takes its operands as they lie (time last) but for the queries' of
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,8 +23,22 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.attention.operands import Operands, Options
 from kernels.attention.tpu.plan import EMPTY, FULL, LANES, PARTIAL, Plan, block_states, make_plan
 from kernels.attention.tpu.tile import (
-    LOG2_E, Inputs, Refs, Tiles, call, column, column_scratch, concatenate, mask_inputs, prefetched_scalars, product,
+    LOG2_E,
+    Inputs,
+    Refs,
+    Tiles,
+    bounds_of,
+    bytes_of,
+    call,
+    column,
+    column_scratch,
+    concatenate,
+    mask_inputs,
+    prefetched_scalars,
+    product,
+    sees_one_block,
     spec,
+    total,
 )  # fmt: skip
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # out, logsumexp, d_out, d_logsumexp
@@ -95,7 +110,8 @@ def backward_call(
         interpret,
     )
     d_query = d_query[0] if plan.chunks == 1 else d_query.sum(0).astype(query.dtype)
-    return tuple(x.transpose(0, 3, 1, 2) for x in (d_query, d_key, d_value))
+    d_query, d_key, d_value = (x.transpose(0, 3, 1, 2) for x in (d_query, d_key, d_value))
+    return d_query, d_key, d_value
 
 
 def _query_inputs(operands: Operands, residuals: Residuals, queries: Any) -> Inputs:
@@ -117,6 +133,7 @@ def _query_scratch(plan: Plan, dtype: Any) -> dict[str, Any]:
         "query_rows": pltpu.VMEM((plan.block_q, plan.width), dtype),
         "d_out_rows": pltpu.VMEM((plan.block_q, plan.value_width), dtype),
         "logsumexp_column": pltpu.VMEM((plan.block_q, LANES), jnp.float32),
+        "d_logsumexp_column": pltpu.VMEM((plan.block_q, LANES), jnp.float32),
         "delta_column": pltpu.VMEM((plan.block_q, LANES), jnp.float32),
     }
 
@@ -131,7 +148,7 @@ def _take_queries(refs: Refs, number: Any, tiles: Tiles, rows: Any) -> None:
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=0, keepdims=True) - d_logsumexp
     refs["query_t"][:, rows], refs["query_rows"][rows] = query, query.T
     refs["d_out_t"][:, rows], refs["d_out_rows"][rows] = d_out, d_out.T
-    refs["delta_column"][rows] = column(delta)
+    refs["delta_column"][rows], refs["d_logsumexp_column"][rows] = column(delta), column(d_logsumexp)
     # A row without keys: any finite number will do, its logits are all far below.
     refs["logsumexp_column"][rows] = column(jnp.where(logsumexp == -jnp.inf, 0.0, logsumexp * LOG2_E))
     tiles.prepare(rows)
@@ -139,33 +156,38 @@ def _take_queries(refs: Refs, number: Any, tiles: Tiles, rows: Any) -> None:
 
 def _logit_gradients(
     refs: Refs, plan: Plan, options: Options, tiles: Tiles, rows: slice, keys: Any, values: Any, key_block: Any,
-    masked: bool,
+    masked: bool, only_block: Any,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:  # fmt: skip
-    """Tiles of dropped P', dS and, of the logits before the cap, their gradient over the scale."""
+    """Tiles of P', of dS, and of the gradient of the scaled scores before the cap."""
     scores = product(refs["query_rows"][rows], keys)
     d_weights = product(refs["d_out_rows"][rows], values)
     logsumexp, delta = refs["logsumexp_column"][rows], refs["delta_column"][rows]
-    dropped, d_logits, d_scores = [], [], []
+    weights, dropped, d_dropped, slopes = [], [], [], []
     for lane in range(0, plan.block_k, LANES):
         logits, slope = tiles.logits(scores[:, lane : lane + LANES], rows, key_block, lane, masked)
         weight, d_weight = jnp.exp2(logits - logsumexp), d_weights[:, lane : lane + LANES]
-        dropped.append(weight)
+        weights.append(weight)
         if options.dropout_rate > 0:
             keep, inverse = tiles.keep(rows, key_block, lane), 1 / (1 - options.dropout_rate)
-            dropped[-1] = jnp.where(keep, weight * inverse, 0)
-            d_weight = jnp.where(keep, d_weight * inverse, 0)
-        d_logits.append(weight * (d_weight - delta))
-        d_scores.append(d_logits[-1] if slope is None else d_logits[-1] * slope)
+            weight, d_weight = jnp.where(keep, weight * inverse, 0), jnp.where(keep, d_weight * inverse, 0)
+        dropped.append(weight)
+        d_dropped.append(d_weight)
+        slopes.append(slope)
+    if masked or plan.key_blocks == 1:
+        # An output rounded to bfloat16 gives delta an error that does not cancel in rows of few keys. These see one
+        # block only, in which delta is at hand: rowsum(P dP).
+        pieces = [weight * d_weight for weight, d_weight in zip(weights, d_dropped, strict=True)]
+        exact = jnp.sum(total(pieces), axis=1, keepdims=True) - refs["d_logsumexp_column"][rows]
+        delta = delta + only_block.astype(jnp.float32) * (exact - delta)
+    d_logits = [weight * (d_weight - delta) for weight, d_weight in zip(weights, d_dropped, strict=True)]
+    d_scores = [d if slope is None else d * slope for d, slope in zip(d_logits, slopes, strict=True)]
     return dropped, d_logits, d_scores
 
 
 def _kernel(refs: Refs, plan: Plan, options: Options) -> None:
     batch, key_head, chunk, member, query_block = (pl.program_id(axis) for axis in range(5))
-    bounds = 2 * (
-        query_block if refs["bounds"].shape[0] == 2 * plan.query_blocks else batch * plan.query_blocks + query_block
-    )
-    first = jnp.maximum(refs["bounds"][bounds], chunk * plan.blocks_per_chunk)
-    end = jnp.minimum(refs["bounds"][bounds + 1], (chunk + 1) * plan.blocks_per_chunk)
+    first, end = bounds_of(refs, plan, batch, query_block, chunk)
+    only_block = sees_one_block(refs, plan, batch, query_block)
 
     def one_head(number: Any, _: None) -> None:
         head = (key_head * plan.heads_per_step + number) * plan.group + member
@@ -190,12 +212,12 @@ def _kernel(refs: Refs, plan: Plan, options: Options) -> None:
             for start in range(0, plan.block_q, plan.rows):
                 rows = slice(start, start + plan.rows)
                 dropped, _, d_scores = _logit_gradients(
-                    refs, plan, options, tiles, rows, keys, values, key_block, masked
+                    refs, plan, options, tiles, rows, keys, values, key_block, masked, only_block
                 )
-                dropped, d_scores = concatenate(dropped, keys.dtype), concatenate(d_scores, keys.dtype)
-                refs["value_sum"][:, columns] += product(refs["d_out_t"][:, rows], dropped)
-                refs["key_sum"][:, columns] += product(refs["query_t"][:, rows], d_scores)
-                refs["query_sum"][rows] += product(d_scores, keys, transposed=True)
+                weights, gradient = concatenate(dropped, keys.dtype), concatenate(d_scores, keys.dtype)
+                refs["value_sum"][:, columns] += product(refs["d_out_t"][:, rows], weights)
+                refs["key_sum"][:, columns] += product(refs["query_t"][:, rows], gradient)
+                refs["query_sum"][rows] += product(gradient, keys, transposed=True)
 
         def step(key_block: Any, _: None) -> None:
             if not plan.masked:
@@ -305,6 +327,7 @@ def _bias_kernel(
     index = [pl.program_id(axis) for axis in range(8)]
     batch, head, query_block, key_block = place(*index)
     tiles = Tiles(refs, plan, options, batch, head, query_block)
+    only_block = sees_one_block(refs, plan, batch, query_block)
 
     def add(masked: bool) -> None:
         def start(piece: Any, _: None) -> None:
@@ -316,7 +339,9 @@ def _bias_kernel(
             keys, values = tiles.existing_keys(keys, key_block, 1), tiles.existing_keys(values, key_block, 1)
         for first in range(0, plan.block_q, LANES):
             rows = slice(first, first + LANES)
-            _, d_logits, _ = _logit_gradients(refs, plan, options, tiles, rows, keys, values, key_block, masked)
+            _, d_logits, _ = _logit_gradients(
+                refs, plan, options, tiles, rows, keys, values, key_block, masked, only_block
+            )
             d_bias = concatenate(d_logits, jnp.float32)
             if not own[3]:
                 d_bias = jnp.sum(d_bias, axis=1, keepdims=True)
@@ -325,10 +350,9 @@ def _bias_kernel(
             else:
                 refs["bias_sum"][...] += jnp.sum(d_bias, axis=0, keepdims=True)
 
-    first_term, last_term = True, True
-    for axis in range(4, 8):
-        first_term &= index[axis] == 0
-        last_term &= index[axis] == grid[axis] - 1
+    summed = range(4, 8)
+    first_term = functools.reduce(jnp.logical_and, [index[axis] == 0 for axis in summed])
+    last_term = functools.reduce(jnp.logical_and, [index[axis] == grid[axis] - 1 for axis in summed])
 
     @pl.when(first_term)
     def _zero() -> None:
@@ -349,13 +373,13 @@ def _cost(
     # What depends on the data is counted as if nothing were masked.
     visible = float(np.mean(states != EMPTY)) if isinstance(states, np.ndarray) else 1.0
     pairs = plan.batch * plan.heads * plan.queries * plan.keys * visible
-    arrays = [array for array, _ in (*inputs.values(), *outputs.values())]
-    repeated = [inputs[name][0] for name in ("query", "out", "d_out")]
+    again = dict.fromkeys(("query", "out", "d_out"), readings)
+    if "bias" in inputs:
+        bias = inputs["bias"][0]
+        again["bias"] = plan.batch * plan.heads // (bias.shape[0] * bias.shape[1])
     return pl.CostEstimate(
         flops=int(2 * pairs * widths),
         transcendentals=int(pairs),
-        bytes_accessed=int(
-            sum(a.size * a.dtype.itemsize for a in arrays)
-            + (readings - 1) * sum(a.size * a.dtype.itemsize for a in repeated)
-        ),
+        bytes_accessed=sum(bytes_of(array) * again.get(name, 1) for name, (array, _) in inputs.items())
+        + sum(bytes_of(shape) for shape, _ in outputs.values()),
     )

@@ -13,8 +13,23 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels.attention.operands import Operands, Options
 from kernels.attention.tpu.plan import EMPTY, FULL, LANES, PARTIAL, Plan, block_states, make_plan
 from kernels.attention.tpu.tile import (
-    LOG2_E, Refs, Tiles, call, column, column_scratch, concatenate, lanes, mask_inputs, maximum, prefetched_scalars,
-    product, row, spec, total,
+    LOG2_E,
+    Refs,
+    Tiles,
+    bounds_of,
+    bytes_of,
+    call,
+    column,
+    column_scratch,
+    concatenate,
+    lanes,
+    mask_inputs,
+    maximum,
+    prefetched_scalars,
+    product,
+    row,
+    spec,
+    total,
 )  # fmt: skip
 from kernels.common import NEGATIVE_INFINITY
 
@@ -24,18 +39,24 @@ def forward_call(
     sinks: jax.Array | None,
     options: Options,
     *,
-    decode: bool,
+    interleaved: int = 0,
+    query_heads: jax.Array | None = None,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel on arrays that lie as it wants them.
+    """The kernel, on whatever `forward` makes of its operands.
 
     Args:
-      operands: query, key and value (batch, time, heads, width) in name only: transposed here to (batch, heads, width,
-        time), which costs nothing where XLA lays out the producer's result so. With `decode`, heads are 1 and time
-        stays before width, as caches lie.
-      sinks: (heads, 1, 1), or with `decode` (1, 1, queries).
+      operands: query, key and value (batch, time, heads, width), transposed here to (batch, heads, width, time): free
+        where XLA lays out their producer's result so.
+      sinks: float32, (heads, 1, 1 or queries).
+      options: static options.
+      interleaved: if positive, `heads` is 1, keys are those of so many heads, token by token, and time stays before
+        width: decoding from a cache as it lies.
+      query_heads: int32 (1, queries), with `interleaved` the key head that each query reads.
+      interpret: as in `forward`.
     """
-    plan = make_plan(operands, options, decode=decode)
+    decode = interleaved > 0
+    plan = make_plan(operands, options, interleaved=interleaved)
     states, bounds = block_states(operands, options, plan)
     axes = (0, 2, 1, 3) if decode else (0, 2, 3, 1)
     query, key, value = (x.transpose(axes) for x in operands[:3])
@@ -43,7 +64,8 @@ def forward_call(
     batches = states.shape[0]
 
     def place(batch: Any, head: Any, block: Any, chunk: Any, bounds_ref: Any, _: Any) -> tuple[Any, Any, Any, Any]:
-        # (`lax.div` and not //, whose lowering asks what the device is.) Chunks out of bounds repeat their neighbour: a block whose index stays is not fetched again.
+        # A chunk out of bounds repeats its neighbour: a block whose index stays is not fetched again. (`lax.div`: the
+        # lowering of // asks what the device is.)
         at = 2 * ((batch if batches > 1 else 0) * plan.query_blocks + block)
         first = jax.lax.div(bounds_ref[at], plan.blocks_per_chunk)
         last = jax.lax.div(jnp.maximum(bounds_ref[at + 1] - 1, 0), plan.blocks_per_chunk)
@@ -69,10 +91,11 @@ def forward_call(
         **mask_inputs(operands, plan, states, place),
     }
     if sinks is not None:
-        if decode:
-            inputs["sinks"] = (sinks, spec((1, 1, plan.block_q), lambda b, h, i, c, *_: (0, 0, i)))
-        else:
-            inputs["sinks"] = (sinks, spec((per_step, 1, 1), lambda b, h, i, c, *_: (h, 0, 0)))
+        each = sinks.shape[2] > 1
+        block = (per_step, 1, plan.block_q if each else 1)
+        inputs["sinks"] = (sinks, spec(block, lambda b, h, i, c, *_: (h, 0, i if each else 0)))
+    if query_heads is not None:
+        inputs["query_heads"] = (query_heads, spec((1, plan.block_q), lambda b, h, i, c, *_: (0, i)))
     out_shape = (plan.batch, plan.heads, plan.value_width, plan.queries)
     if decode:
         out_shape = (plan.batch, plan.heads, plan.queries, plan.value_width)
@@ -108,12 +131,11 @@ def forward_call(
 
 def _kernel(refs: Refs, plan: Plan, options: Options, decode: bool) -> None:
     batch, head_block, query_block, chunk = (pl.program_id(axis) for axis in range(4))
-    bounds = 2 * (query_block if refs["bounds"].shape[0] == 2 * plan.query_blocks else batch * plan.query_blocks + query_block)
-    first = jnp.maximum(refs["bounds"][bounds], chunk * plan.blocks_per_chunk)
-    end = jnp.minimum(refs["bounds"][bounds + 1], (chunk + 1) * plan.blocks_per_chunk)
+    first, end = bounds_of(refs, plan, batch, query_block, chunk)
     # Work that every row needs once is a loop over pieces: short code, which the core's instruction memory holds.
     piece_size = min(LANES, plan.block_q)
     piece_count = plan.block_q // piece_size
+    unroll = 2 if piece_count % 2 == 0 else 1  # two at a time hide each other's latency
 
     def one_head(number: Any, _: None) -> None:
         query, key, value, out, logsumexp = (
@@ -127,8 +149,10 @@ def _kernel(refs: Refs, plan: Plan, options: Options, decode: bool) -> None:
             refs["rows"][rows] = query[rows] if decode else query[:, rows].T
             refs["accumulator"][rows] = jnp.zeros((piece_size, plan.value_width), jnp.float32)
             if "sinks" in refs:  # a key of weight 1, counted in lane 0, whose value is zero
-                sink = refs["sinks"][number] * LOG2_E
-                refs["maximum"][rows] = column(sink) if decode else jnp.broadcast_to(sink, shape)
+                sink = refs["sinks"].at[number]
+                each = sink.shape[1] > 1
+                sink = column(sink[:, rows]) if each else jnp.broadcast_to(sink[...], shape)
+                refs["maximum"][rows] = sink * LOG2_E
                 refs["sum"][rows] = (jax.lax.broadcasted_iota(jnp.int32, shape, 1) == 0).astype(jnp.float32)
             else:
                 refs["maximum"][rows] = jnp.full(shape, NEGATIVE_INFINITY)
@@ -188,7 +212,7 @@ def _kernel(refs: Refs, plan: Plan, options: Options, decode: bool) -> None:
 
         pl.when(chunk == 0)(lambda: jax.lax.fori_loop(0, piece_count, start, None))
         jax.lax.fori_loop(first, end, step, None)
-        pl.when(chunk == plan.chunks - 1)(lambda: jax.lax.fori_loop(0, piece_count, finish, None))
+        pl.when(chunk == plan.chunks - 1)(lambda: jax.lax.fori_loop(0, piece_count, finish, None, unroll=unroll))
 
     jax.lax.fori_loop(0, plan.heads_per_step, one_head, None)
 
@@ -197,11 +221,19 @@ def _cost(plan: Plan, states: Any, inputs: dict[str, Any], outputs: dict[str, An
     # What depends on the data is counted as if nothing were masked.
     visible = float(np.mean(states != EMPTY)) if isinstance(states, np.ndarray) else 1.0
     pairs = plan.batch * plan.heads * plan.queries * plan.keys * visible
-    keys = sum(inputs[name][0].nbytes for name in ("key", "value"))
-    rereads = plan.query_blocks * plan.group - 1 if plan.chunks > 1 else 0
-    arrays = [array for array, _ in (*inputs.values(), *outputs.values())]
+    # Keys are read again for every block of queries where one chunk of them does not stay; a bias that batch or heads
+    # share, for each of them.
+    readings = dict.fromkeys(inputs, 1.0)
+    if plan.chunks > 1:
+        readings["key"] = readings["value"] = max(1.0, plan.query_blocks * plan.group * visible)
+    if "bias" in inputs:
+        bias = inputs["bias"][0]
+        readings["bias"] = plan.batch * plan.heads / (bias.shape[0] * bias.shape[1])
     return pl.CostEstimate(
         flops=int(2 * pairs * (plan.width + plan.value_width)),
         transcendentals=int(pairs),
-        bytes_accessed=int(sum(a.size * a.dtype.itemsize for a in arrays) + keys * rereads * visible),
+        bytes_accessed=int(
+            sum(bytes_of(array) * readings[name] for name, (array, _) in inputs.items())
+            + sum(bytes_of(shape) for shape, _ in outputs.values())
+        ),
     )

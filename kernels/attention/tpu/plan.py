@@ -26,14 +26,15 @@ class Blocks(NamedTuple):
 
 
 # (forward, backward) by generation; chosen by the schedules that `make bench-kernels` prints.
-BLOCKS = {
+BLOCKS: dict[Any, tuple[Blocks, Blocks]] = {
     pltpu.ChipVersion.TPU_V5E: (Blocks(512, 512, 256), Blocks(512, 512, 512)),
-    pltpu.ChipVersion.TPU_V6E: (Blocks(512, 512, 256), Blocks(512, 512, 512)),
+    pltpu.ChipVersion.TPU_V6E: (Blocks(512, 512, 512), Blocks(512, 512, 512)),
 }
 # Of a core's VMEM, what blocks and scratch may take. The rest is the compiler's, for what the registers do not hold.
-VMEM_SHARE = 0.8
+VMEM_SHARE = 0.88
 SHORT = 2048  # queries of several heads that one grid step takes together where each head is a single block
 DECODE_QUERIES, DECODE_ROWS = 8, 128  # most queries, and queries times heads, that are decoded against a cache
+DECODE_CHUNK = 4096  # keys of all heads that are fetched at once when decoding
 
 
 def device() -> pltpu.TpuInfo:
@@ -59,6 +60,7 @@ class Plan:
     block_k: int
     rows: int
     chunk: int  # keys that lie in VMEM at once, a multiple of block_k
+    interleaved: int  # 0, or how many key heads lie in one sequence, token by token (decoding)
     heads_per_step: int
     vmem_bytes: int
     masked: bool  # some pair of tokens may not attend
@@ -95,8 +97,9 @@ class Plan:
         return self.keys % self.block_k != 0
 
 
-def make_plan(operands: Operands, options: Options, *, backward: bool = False, decode: bool = False) -> Plan:
-    """Chooses block sizes; `operands` as the kernel gets them."""
+def make_plan(operands: Operands, options: Options, *, backward: bool = False, interleaved: int = 0) -> Plan:
+    """Chooses block sizes; `operands` as the kernel gets them, `interleaved` as in the Plan."""
+    decode = interleaved > 0
     info = device()
     blocks = BLOCKS.get(info.chip_version, BLOCKS[pltpu.ChipVersion.TPU_V5E])[backward]
     batch, queries, heads, width = operands.query.shape
@@ -114,21 +117,22 @@ def make_plan(operands: Operands, options: Options, *, backward: bool = False, d
     if operands.bias is not None and operands.bias.shape[3] > 1:
         per_key += 2 * max(8, min(operands.bias.shape[2], block_q)) * operands.bias.dtype.itemsize
     # Scores, weights and their bfloat16 copies, a block each and generously; inputs, outputs and sums of the queries.
-    fixed = 6 * block_q * block_k * 4 + 16 * block_q * (round_up(width, LANES) + round_up(value_width, LANES)) * 4
+    fixed = 5 * block_q * block_k * 4 + 6 * block_q * (round_up(width, LANES) + round_up(value_width, LANES)) * 4
     most = max(block_k, int(info.vmem_capacity_bytes * VMEM_SHARE - fixed) // per_key // block_k * block_k)
-    chunks = -(-keys // (min(most, 4096) if decode else most))
+    chunks = -(-keys // (min(most, DECODE_CHUNK) if decode else most))
     chunk = round_up(-(-keys // chunks), block_k)
 
     heads_per_step = 1
     if queries <= block_q and keys <= block_k and heads == key_heads and operands.bias is None and not decode:
         heads_per_step = max(n for n in range(1, heads + 1) if heads % n == 0 and n * block_q <= max(SHORT, block_q))
+    taken = fixed + per_key * chunk * heads_per_step
     plan = Plan(
-        batch, queries, keys, heads, heads // key_heads, width, value_width, block_q, block_k, rows, chunk,
-        heads_per_step, info.vmem_capacity_bytes, masked=False,
+        batch, queries, keys, heads, heads // key_heads, width, value_width, block_q, block_k, rows, chunk, interleaved,
+        heads_per_step, vmem_bytes=min(info.vmem_capacity_bytes, int(taken / VMEM_SHARE) + (8 << 20)), masked=False,
         scalars=tuple(name for name in ("prefix_lengths", "key_lengths") if getattr(operands, name) is not None),
     )  # fmt: skip
-    restricted = options.causal or options.window is not None or operands.key_lengths is not None
-    masked = restricted or operands.query_segment_ids is not None or plan.ragged_queries or plan.ragged_keys
+    masked = options.causal or options.window is not None or operands.key_lengths is not None
+    masked |= operands.query_segment_ids is not None or interleaved > 1 or plan.ragged_queries or plan.ragged_keys
     return dataclasses.replace(plan, masked=masked)
 
 
@@ -143,13 +147,15 @@ def block_states(operands: Operands, options: Options, plan: Plan) -> tuple[Any,
     """
     query_low, query_high = _intervals(operands.query_positions, plan.queries, plan.block_q)
     key_low, key_high = _intervals(operands.key_positions, plan.keys, plan.block_k)
+    if plan.interleaved and operands.key_positions is None:
+        key_low, key_high = key_low // plan.interleaved, key_high // plan.interleaved
     query_low, query_high = query_low[:, :, None], query_high[:, :, None]
     key_low, key_high = key_low[:, None, :], key_high[:, None, :]
     first_index = np.arange(plan.key_blocks)[None, None] * plan.block_k
     end_index = first_index + plan.block_k
 
     some: Any = np.ones((1, plan.query_blocks, plan.key_blocks), bool)
-    every: Any = end_index <= plan.keys
+    every: Any = (end_index <= plan.keys) & (plan.interleaved <= 1)
     every = every & ((np.arange(plan.query_blocks)[None, :, None] + 1) * plan.block_q <= plan.queries)
     if options.causal:
         seen, all_seen = key_low <= query_high, key_high <= query_low

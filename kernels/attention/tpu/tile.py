@@ -26,6 +26,30 @@ Inputs = dict[str, tuple[jax.Array, pl.BlockSpec]]
 Outputs = dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]
 Refs = dict[str, Any]
 _SQUEEZED = pl.Squeezed()
+_UPRIGHT = ("query_positions", "query_segment_ids", "query_heads")  # inputs that are a number a query
+
+
+def bytes_of(array: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Size of an array."""
+    return array.size * array.dtype.itemsize
+
+
+def _bounds(refs: Refs, plan: Plan, batch: Any, query_block: Any) -> tuple[Any, Any]:
+    shared = refs["bounds"].shape[0] == 2 * plan.query_blocks
+    at = 2 * ((0 if shared else batch * plan.query_blocks) + query_block)
+    return refs["bounds"][at], refs["bounds"][at + 1]
+
+
+def bounds_of(refs: Refs, plan: Plan, batch: Any, query_block: Any, chunk: Any) -> tuple[Any, Any]:
+    """First and end of the key blocks of this chunk that this block of queries sees."""
+    first, end = _bounds(refs, plan, batch, query_block)
+    return jnp.maximum(first, chunk * plan.blocks_per_chunk), jnp.minimum(end, (chunk + 1) * plan.blocks_per_chunk)
+
+
+def sees_one_block(refs: Refs, plan: Plan, batch: Any, query_block: Any) -> Any:
+    """Whether this block of queries sees a single block of keys."""
+    first, end = _bounds(refs, plan, batch, query_block)
+    return end - first == 1
 
 
 def spec(block: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]], **kwargs: Any) -> pl.BlockSpec:
@@ -59,7 +83,7 @@ def call(
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            dimension_semantics=["parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))],
             vmem_limit_bytes=plan.vmem_bytes,
         ),
         cost_estimate=cost,
@@ -80,9 +104,7 @@ def prefetched_scalars(operands: Operands, plan: Plan, bounds: Any) -> dict[str,
     return {"bounds": jnp.asarray(bounds).reshape(-1), "scalars": scalars.reshape(-1)}
 
 
-def mask_inputs(
-    operands: Operands, plan: Plan, states: Any, index: Callable[..., tuple[Any, Any, Any, Any]]
-) -> Inputs:
+def mask_inputs(operands: Operands, plan: Plan, states: Any, index: Callable[..., tuple[Any, Any, Any, Any]]) -> Inputs:
     """Inputs that say which keys a query sees, and the bias; `index` maps grid indices to (batch, head, query block,
     chunk)."""
     inputs: Inputs = {}
@@ -111,12 +133,8 @@ def mask_inputs(
         def bias_at(*grid: Any) -> tuple[Any, ...]:
             return tuple(at if size > 1 else 0 for at, size in zip(index(*grid), shape, strict=True))
 
-        block = (None, None, min(shape[2], plan.block_q), min(shape[3], plan.chunk))
-        if shape[2] > 1:
-            block = (None, None, plan.block_q, block[3])
-        if shape[3] > 1:
-            block = (*block[:3], plan.chunk)
-        inputs["bias"] = (operands.bias, spec(block, bias_at))
+        tile = (None, None, plan.block_q if shape[2] > 1 else 1, plan.chunk if shape[3] > 1 else 1)
+        inputs["bias"] = (operands.bias, spec(tile, bias_at))
     return inputs
 
 
@@ -161,7 +179,7 @@ class Tiles:
 
     def prepare(self, rows: Any) -> None:
         """Turns positions and segments of these queries upright."""
-        for name in ("query_positions", "query_segment_ids"):
+        for name in _UPRIGHT:
             if name in self.refs:
                 self.refs[f"{name}_column"][rows] = column(self.refs[name][:, rows])
 
@@ -220,6 +238,7 @@ class Tiles:
 
     def _mask(self, rows: slice, key_block: Any, lane: int) -> jax.Array | None:
         row, key_index = self._indices(rows, key_block, lane)
+        plan = self.plan
 
         def of_queries(name: str) -> Any:
             return self.refs[f"{name}_column"][rows] if name in self.refs else None
@@ -230,29 +249,38 @@ class Tiles:
             return jnp.broadcast_to(self.refs[name][:, self._columns(key_block, lane)], row.shape)
 
         query_position, key_position = of_queries("query_positions"), of_keys("key_positions")
+        token = key_index
+        if plan.interleaved > 1:
+            token = _divide(key_index, plan.interleaved)
         mask = visible(
             self.options,
             row if query_position is None else query_position,
-            key_index if key_position is None else key_position,
+            token if key_position is None else key_position,
             of_queries("query_segment_ids"),
             of_keys("key_segment_ids"),
-            self.refs["scalars"][3 * self.batch] if "prefix_lengths" in self.plan.scalars else None,
+            self.refs["scalars"][3 * self.batch] if "prefix_lengths" in plan.scalars else None,
             key_index,
             self._key_limit(),
         )
-        if self.plan.ragged_queries:
-            exists = row < self.plan.queries
+        if plan.interleaved > 1:
+            own_head = of_queries("query_heads") == key_index - token * plan.interleaved
+            mask = own_head if mask is None else mask & own_head
+        if plan.ragged_queries:
+            exists = row < plan.queries
             mask = exists if mask is None else mask & exists
         return mask
 
 
+def _divide(numbers: jax.Array, divisor: int) -> jax.Array:
+    # Vector units shift but do not divide.
+    if divisor & (divisor - 1) == 0:
+        return jax.lax.shift_right_logical(numbers, jnp.int32(divisor.bit_length() - 1))
+    return jax.lax.div(numbers, jnp.int32(divisor))
+
+
 def column_scratch(inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """Scratch for `Tiles.prepare`."""
-    return {
-        f"{name}_column": pltpu.VMEM((plan.block_q, LANES), jnp.int32)
-        for name in ("query_positions", "query_segment_ids")
-        if name in inputs
-    }
+    return {f"{name}_column": pltpu.VMEM((plan.block_q, LANES), jnp.int32) for name in _UPRIGHT if name in inputs}
 
 
 def concatenate(tiles: list[jax.Array], dtype: Any) -> jax.Array:

@@ -1,0 +1,54 @@
+"""The options under which every registered mixer is tested: the table to extend with a new mixer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.layers.rotary import Llama3Scaling, Rotary
+
+FEATURES = 16
+LENGTH = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mixer, options for features = FEATURES, and whether it has a form that is not causal."""
+
+    mixer: str
+    label: str
+    options: Mapping[str, Any]
+    bidirectional: bool = True
+
+    def __hash__(self) -> int:
+        return hash((self.mixer, self.label))
+
+    def __str__(self) -> str:
+        return f"{self.mixer}-{self.label}"
+
+
+# Softmax has biases only where keys rotate: a key bias alone adds the same to all of a row's logits, so that its
+# gradient is zero.
+CASES = [
+    Case("softmax", "plain", {"heads": 4}),
+    Case("softmax", "grouped", {"heads": 4, "key_heads": 2, "head_dim": 6, "rotary": Rotary()}),
+    Case("softmax", "windowed", {"heads": 2, "window": 4, "qkv_bias": True, "out_bias": True, "rotary": Rotary()}),
+    Case(
+        "softmax",
+        "all_options",
+        {
+            "heads": 4,
+            "key_heads": 1,
+            "head_dim": 8,
+            "window": 5,
+            "rotary": Rotary(theta=100.0, features=4, interleaved=True, scaling=Llama3Scaling(original_length=8)),
+            "qk_norm": "rms",
+            "qkv_bias": True,
+            "out_bias": True,
+            "softcap": 5.0,
+            "sinks": True,
+            "scale": 0.3,
+        },
+    ),
+]
