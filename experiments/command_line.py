@@ -50,7 +50,7 @@ def main(name: str, presets: Mapping[str, Any], run: Callable[..., Any], argumen
         ],
         frozen=True,
     )
-    parsed = tyro.cli(command, prog=f"zoo run {name}", args=arguments)
+    parsed: Any = tyro.cli(command, prog=f"zoo run {name}", args=arguments)
     if parsed.resume and parsed.force:
         raise SystemExit("error: --resume continues a run and --force deletes it; give one of them")
     try:

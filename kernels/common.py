@@ -1,15 +1,20 @@
-"""What every core shares: choosing an implementation, sizes of blocks, dropout that all implementations agree on."""
+"""What every core shares: choosing an implementation, cutting it over a mesh, dropout that all of them agree on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 Implementation = Literal["reference", "chunked", "tpu", "gpu"]
+# Axes of a mesh that cut a core's work, by name (those of `zoo.train`). Along any other each device does all of it.
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXES = ("tensor",)
 NEGATIVE_INFINITY = float(jnp.finfo(jnp.float32).min) * 0.5  # finite, so that differences of two are 0 and not NaN
 
 
@@ -20,7 +25,11 @@ def check_implementation(implementation: str | None) -> None:
 
 
 def by_platform(
-    implementations: Mapping[str, Callable[..., Any]], implementation: Implementation | None, *operands: Any
+    implementations: Mapping[str, Callable[..., Any]],
+    implementation: Implementation | None,
+    *operands: Any,
+    axes: tuple[Any, ...],
+    out_axes: Any,
 ) -> Any:
     """Calls the implementation named, or the one that belongs to the platform being compiled for.
 
@@ -29,21 +38,94 @@ def by_platform(
       implementation: a name insists; a Pallas kernel named on a foreign platform is interpreted there. None chooses
         at lowering, never by the host's devices: a program compiled ahead of time for a TPU holds the TPU kernel.
       *operands: pytrees of arrays.
+      axes: for each operand the same pytree, an array replaced by a letter an axis: "b" batch, "h" heads, "." another.
+        What the functions compute must be independent along b and h, but for outputs without them, which are sums. On
+        a mesh each device computes its part of both.
+      out_axes: likewise of the outputs.
     """
-    if implementation is None:
+
+    def choose(*operands: Any) -> Any:
+        if implementation is None:
+            return jax.lax.platform_dependent(
+                *operands,
+                tpu=partial(implementations["tpu"], interpret=False),
+                cuda=partial(implementations["gpu"], interpret=False),
+                default=implementations["chunked"],
+            )
+        function = implementations[implementation]
+        if implementation in ("reference", "chunked"):
+            return function(*operands)
+        platform = "tpu" if implementation == "tpu" else "cuda"
         return jax.lax.platform_dependent(
-            *operands,
-            tpu=partial(implementations["tpu"], interpret=False),
-            cuda=partial(implementations["gpu"], interpret=False),
-            default=implementations["chunked"],
+            *operands, **{platform: partial(function, interpret=False)}, default=partial(function, interpret=True)
         )
-    function = implementations[implementation]
-    if implementation in ("reference", "chunked"):
+
+    return on_each_device(choose, operands, axes, out_axes)
+
+
+# XLA's partitioner cannot cut a Pallas kernel, nor a loop over heads: it gathers their operands, or gives up. So a core
+# is cut here, by shard_map. The mesh is in the operands' types; how XLA will lay them out on it is not known while
+# tracing, and is prescribed by the axes' names. `custom_partitioning` would follow XLA's choice whatever the names, but
+# libtpu knows it on real chips only, not ahead of time, and its programs' keys in the persistent compilation cache are
+# addresses: never found again, or found for another function.
+
+
+def _auto_mesh(*operands: Any) -> AbstractMesh | None:
+    """The mesh that the operands (pytrees of arrays) live on, if it has axes along which work is yet to be cut."""
+    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(operands)]
+    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
+        if any(size > 1 for size in _auto_axes(mesh).values()):
+            return mesh
+    return None
+
+
+def head_shards(*operands: Any) -> int:
+    """The number of parts into which a mesh would cut the heads."""
+    mesh = _auto_mesh(*operands)
+    return 1 if mesh is None else math.prod(_auto_axes(mesh).get(axis, 1) for axis in HEAD_AXES)
+
+
+def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
+
+
+def on_each_device(function: Callable[..., Any], operands: tuple[Any, ...], axes: Any, out_axes: Any) -> Any:
+    """`function(*operands)`, on a mesh every device with its part of the operands; axes as of `by_platform`.
+
+    Outputs have the operands' cut. One without an axis b or h is summed over the devices that cut it (in float32).
+    """
+    mesh = _auto_mesh(operands)
+    if mesh is None:
         return function(*operands)
-    platform = "tpu" if implementation == "tpu" else "cuda"
-    return jax.lax.platform_dependent(
-        *operands, **{platform: partial(function, interpret=False)}, default=partial(function, interpret=True)
-    )
+    sizes = _auto_axes(mesh)
+    lengths: dict[str, list[int]] = {".": [], "b": [], "h": []}
+    for array, letters in zip(jax.tree.leaves(operands), jax.tree.leaves(axes), strict=True):
+        for length, letter in zip(array.shape, letters, strict=True):
+            lengths[letter].append(length)
+    cuts: dict[str, tuple[str, ...]] = {".": (), "b": (), "h": ()}
+    # An axis that does not divide the heads cuts the batch, if it can: better than the same work on every device.
+    for letter, names in (("h", HEAD_AXES), ("b", (*BATCH_AXES, *HEAD_AXES))):
+        for name in names:
+            parts = math.prod(sizes[cut] for cut in cuts[letter]) * sizes.get(name, 1)
+            free = name in sizes and name not in cuts["h"]
+            if free and lengths[letter] and all(length % parts == 0 for length in lengths[letter]):
+                cuts[letter] += (name,)
+
+    def spec(letters: str) -> PartitionSpec:
+        return PartitionSpec(*(cuts[letter] or None for letter in letters))
+
+    def local(*operands: Any) -> Any:
+        def total(letters: str, part: jax.Array) -> jax.Array:
+            summed = tuple(name for letter, names in cuts.items() if letter not in letters for name in names)
+            return jax.lax.psum(part.astype(jnp.float32), summed).astype(part.dtype) if summed else part
+
+        return jax.tree.map(total, out_axes, function(*operands))
+
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=jax.tree.map(spec, axes), out_specs=jax.tree.map(spec, out_axes),
+        axis_names=frozenset(sizes), check_vma=False,
+    )(*operands)  # fmt: skip
 
 
 def round_up(value: int, multiple: int) -> int:

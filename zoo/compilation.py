@@ -625,15 +625,14 @@ def compile_model(
             nn.unbox(state),
             shardings,
         )
-        if training:
+        if training and entry.loss is not None:
             batch = inputs | (entry.example_targets(module.config, batch_size) if entry.example_targets else {})
-            step = train.make_train_step(entry.loss(module), optimizer, state, rng_streams=("dropout", "sample"))
-            arguments = (state, batch)
+            step: Callable[..., Any] = train.make_train_step(
+                entry.loss(module), optimizer, state, rng_streams=("dropout", "sample")
+            )
+            arguments: tuple[Any, ...] = (state, batch)
         else:
-
-            def step(variables: Any, inputs: Any, key: jax.Array) -> Any:
-                return module.apply(variables, **inputs, rngs={"sample": key})
-
+            step = functools.partial(_apply, module)
             arguments = (state.evaluation_variables, inputs, state.rng)
         specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments[0])
         compiled = compile_for(
@@ -644,3 +643,7 @@ def compile_model(
             in_shardings=(specs, batch_spec, PartitionSpec())[: len(arguments)],
         )
         return report(compiled, parameters)
+
+
+def _apply(module: nn.Module, variables: Any, inputs: Mapping[str, Any], key: jax.Array) -> Any:
+    return module.apply(variables, **inputs, rngs={"sample": key})

@@ -129,10 +129,11 @@ def papers_table() -> str:
         ids = [name for name, entry in registry.models().items() if entry.paper.slug == slug]
         link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
         names = f"`{ids[0]}`" + (f" and {len(ids) - 1} more" if len(ids) > 1 else "")
+        source = f"zoo/papers/{slug}" + ("" if (ROOT / "zoo" / "papers" / slug).is_dir() else ".py")
         found = verdicts.get(slug, [])
         claims = f"{found.count('reproduced')} of {len(found)}" if found else "not run"
         lines.append(
-            f"| {link}, {paper.authors}, {paper.venue} {paper.year} ([`{slug}`](zoo/papers/{slug}.py)) "
+            f"| {link}, {paper.authors}, {paper.venue} {paper.year} ([`{slug}`]({source})) "
             f"| {names} | {paper.fidelity} | {claims} |"
         )
     return "\n".join(lines)

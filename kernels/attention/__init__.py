@@ -6,17 +6,19 @@ sums are float32. A row in which every key is masked gives zeros (and a log-sum-
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels.attention import chunked, gpu, reference, tpu
-from kernels.attention.operands import Operands, Options, check
-from kernels.common import Implementation, by_platform, check_implementation
+from kernels.attention.operands import OUT_AXES, Operands, Options, axes, check, number_heads
+from kernels.common import Implementation, by_platform, check_implementation, head_shards
 
-_FORWARD = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
-_BACKWARD = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
+_FORWARD: Mapping[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
+_BACKWARD: Mapping[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
 
 
 def attention(
@@ -77,19 +79,35 @@ def attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.ndim else 1.0
     options = Options(float(scale), bool(causal), window, logit_softcap, float(dropout_rate))
-    seed = None
+    seed = head_numbers = None
     if dropout_rate > 0 and dropout_rng is not None:
         seed = jax.random.bits(dropout_rng, dtype=jnp.uint32)
+        head_numbers = number_heads(query)
     operands = Operands(
         query, key, value, bias, sinks, query_positions, key_positions, query_segment_ids, key_segment_ids,
-        prefix_lengths, key_lengths, seed,
+        prefix_lengths, key_lengths, seed, head_numbers,
     )  # fmt: skip
+    out, logsumexp = attention_of(operands, options, implementation)
+    return (out, logsumexp) if return_logsumexp else out
+
+
+def attention_of(
+    operands: Operands, options: Options, implementation: Implementation | None
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` for other cores, with its arguments sorted: output and log-sum-exp."""
     check(operands, options)
     if implementation == "reference":  # the definition is differentiated by JAX itself
-        out, logsumexp = reference.forward(operands, options)
-    else:
-        out, logsumexp = _jitted(operands, options, implementation)
-    return (out, logsumexp) if return_logsumexp else out
+        return reference.forward(operands, options)
+    return _jitted(_with_a_key_head_for_each_shard(operands), options, implementation)
+
+
+def _with_a_key_head_for_each_shard(operands: Operands) -> Operands:
+    # Where heads are cut into more parts than there are key heads, each device repeats the one it needs.
+    shards, (heads, key_heads) = head_shards(operands), (operands.query.shape[2], operands.key.shape[2])
+    if key_heads in (1, shards) or shards % key_heads or heads % shards:
+        return operands
+    key, value = (jnp.repeat(array, shards // key_heads, axis=2) for array in (operands.key, operands.value))
+    return operands._replace(key=key, value=value)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -97,8 +115,9 @@ def _attention(
     operands: Operands, options: Options, implementation: Implementation | None
 ) -> tuple[jax.Array, jax.Array]:
     return by_platform(
-        {name: partial(function, options=options) for name, function in _FORWARD.items()}, implementation, operands
-    )
+        {name: partial(function, options=options) for name, function in _FORWARD.items()},
+        implementation, operands, axes=(axes(operands),), out_axes=OUT_AXES,
+    )  # fmt: skip
 
 
 def _forward(
@@ -120,6 +139,7 @@ def _backward(
     gradients = by_platform(
         {name: partial(function, options=options) for name, function in _BACKWARD.items()},
         implementation, operands, out, logsumexp, *cotangents,
+        axes=(axes(operands), *OUT_AXES, *OUT_AXES), out_axes=axes(operands, gradients=True),
     )  # fmt: skip
     # Integer operands have no gradient: None stands for zero.
     return (gradients,)

@@ -185,10 +185,9 @@ def _logits(
 
 def _dropout(weights: jax.Array, tile: _Tile, operands: Operands, options: Options) -> jax.Array:
     """Drops weights (rows, width) and scales what is kept."""
-    if options.dropout_rate == 0 or operands.dropout_seed is None:
+    if options.dropout_rate == 0 or operands.dropout_seed is None or operands.dropout_heads is None:
         return weights
-    heads = operands.query.shape[2]
-    head = tile.batch * heads + tile.heads(jnp.arange(heads))
+    head = tile.heads(operands.dropout_heads[tile.batch])
     uniform = hash_uniform(operands.dropout_seed, head, tile.row_index(), tile.key_index())
     return jnp.where(uniform >= options.dropout_rate, weights / (1 - options.dropout_rate), 0)
 

@@ -351,10 +351,9 @@ def _tokens(plan: _Plan, at: _Tile) -> jax.Array:
 
 def _kept(refs: Any, plan: _Plan, at: _Tile) -> jax.Array:
     """The weights of a tile that dropout keeps."""
-    head: Any = at.head
+    head: Any = refs.dropout_heads[at.batch, at.head * plan.fold]
     if plan.fold > 1:
-        head = (at.head * plan.fold + jax.lax.rem(_range(at.first_row, plan.blocks.rows), plan.fold))[:, None]
-    head = at.batch * (plan.heads * plan.fold) + head
+        head += jax.lax.rem(_range(at.first_row, plan.blocks.rows), plan.fold)[:, None]
     key_index = _range(at.first_key, plan.blocks.keys)
     uniform = hash_uniform(refs.dropout_seed[...], head, _tokens(plan, at)[:, None], key_index[None])
     return uniform >= plan.options.dropout_rate

@@ -41,6 +41,32 @@ class Operands(NamedTuple):
     prefix_lengths: jax.Array | None = None  # (B,) int32: keys at positions below it are seen in spite of causality
     key_lengths: jax.Array | None = None  # (B,) int32: keys at *indices* from it on do not exist (a cache's free slots)
     dropout_seed: jax.Array | None = None  # () uint32
+    dropout_heads: jax.Array | None = None  # (B, H) int32, with the seed: the heads' numbers, consecutive along H
+
+
+_AXES = {
+    "query": "b.h.", "key": "b.h.", "value": "b.h.", "bias": "bh..", "sinks": "h", "query_positions": "b.",
+    "key_positions": "b.", "query_segment_ids": "b.", "key_segment_ids": "b.", "prefix_lengths": "b",
+    "key_lengths": "b", "dropout_seed": "", "dropout_heads": "bh",
+}  # fmt: skip
+OUT_AXES: Any = ("b.h.", "bh.")  # of the output and the log-sum-exp
+
+
+def axes(operands: Operands, gradients: bool = False) -> Any:
+    """Operands with the letters that `kernels.common.by_platform` takes; with `gradients` for the float ones only."""
+    letters: dict[str, Any] = {}
+    for name, array in operands._asdict().items():
+        if array is not None and (jnp.issubdtype(array.dtype, jnp.floating) or not gradients):
+            # An axis of length 1 is whole on every device: all may share it.
+            pairs = zip(array.shape, _AXES[name], strict=True)
+            letters[name] = "".join("." if length == 1 else letter for length, letter in pairs)
+    return Operands(**letters)
+
+
+def number_heads(query: jax.Array) -> jax.Array:
+    """`Operands.dropout_heads`: an operand, so that a mask is the same on any mesh, whoever has which heads."""
+    batch, heads = query.shape[0], query.shape[2]
+    return jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads)
 
 
 def visible(

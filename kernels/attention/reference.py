@@ -38,7 +38,7 @@ def softmax(logits: jax.Array, operands: Operands, options: Options) -> tuple[ja
     Returns:
       Weights like `logits`, dropout included, and float32 (B, H, T).
     """
-    batch, heads, queries, keys = logits.shape
+    queries, keys = logits.shape[2:]
     if options.logit_softcap is not None:
         logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
     if operands.bias is not None:
@@ -62,9 +62,9 @@ def softmax(logits: jax.Array, operands: Operands, options: Options) -> tuple[ja
     logsumexp = jnp.where(empty, -jnp.inf, maximum + jnp.log(denominator))
 
     probabilities = weights / denominator
-    if options.dropout_rate > 0 and operands.dropout_seed is not None:
-        head, row, column = jnp.ogrid[: batch * heads, :queries, :keys]
-        uniform = hash_uniform(operands.dropout_seed, head, row, column).reshape(logits.shape)
+    if options.dropout_rate > 0 and operands.dropout_seed is not None and operands.dropout_heads is not None:
+        row, column = jnp.ogrid[:queries, :keys]
+        uniform = hash_uniform(operands.dropout_seed, operands.dropout_heads[:, :, None, None], row, column)
         kept = uniform >= options.dropout_rate
         probabilities = jnp.where(kept, probabilities / (1 - options.dropout_rate), 0)
     return probabilities, logsumexp.squeeze(-1)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import attention
-from kernels.common import NEGATIVE_INFINITY, Implementation, by_platform, check_implementation
+from kernels.attention import attention_of
+from kernels.attention.operands import Operands, Options, number_heads
+from kernels.common import NEGATIVE_INFINITY, Implementation, by_platform, check_implementation, on_each_device
 from kernels.prob_sparse import chunked, gpu, reference, tpu
 
 _MEASURE: Mapping[str, Callable[..., jax.Array]] = {
@@ -99,18 +100,50 @@ def prob_sparse_attention(
     check_implementation(implementation)
     _check(query, key, value, sample_indices, queries, causal)
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    batch, length, heads, width = query.shape
-    keys = key.shape[1]
+    keys, width = key.shape[1], key.shape[3]
     if scale is None:
         scale = width**-0.5
 
     # An index out of range cannot raise inside a program; clipping keeps the kernels' reads inside the keys.
     sample_indices = jnp.clip(sample_indices, 0, keys - 1).astype(jnp.int32)
+    options = Options(float(scale), bool(causal), dropout_rate=float(dropout_rate))
+    seed = head_numbers = None
+    if dropout_rate > 0 and dropout_rng is not None:
+        seed, head_numbers = jax.random.bits(dropout_rng, dtype=jnp.uint32), number_heads(query)
+    operands = (query, key, value, sample_indices, seed, head_numbers)
+    return _jitted(operands, queries, options, implementation)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _jitted(operands: Any, queries: int, options: Options, implementation: Implementation | None) -> ProbSparseOutput:
+    # Cut over a mesh as a whole: once heads are batch items, batch and heads cut apart would have to move.
+    table, seed = operands[3:5]
+    axes = ("b.h.", "b.h.", "b.h.", "." * table.ndim, *((None, None) if seed is None else ("", "bh")))
+    function = partial(_prob_sparse, queries=queries, options=options, implementation=implementation)
+    return ProbSparseOutput(*on_each_device(function, operands, axes, ("b.h.", "bh.", "bh.", "bh.")))
+
+
+def _prob_sparse(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sample_indices: jax.Array,
+    seed: jax.Array | None,
+    head_numbers: jax.Array | None,
+    *,
+    queries: int,
+    options: Options,
+    implementation: Implementation | None,
+) -> tuple[jax.Array, ...]:
+    """The fields of ProbSparseOutput."""
+    batch, length, heads, _ = query.shape
     operands = jax.lax.stop_gradient((query, key))
     if sample_indices.ndim == 1:  # a matrix product: XLA's own on every platform
         measure = chunked.measure_shared(*operands, sample_indices)
     else:
-        measure = by_platform(_MEASURE, implementation, *operands, sample_indices)
+        measure = by_platform(
+            _MEASURE, implementation, *operands, sample_indices, axes=("b.h.", "b.h.", ".."), out_axes="bh."
+        )
     top = jax.lax.top_k(measure, queries)[1]
 
     # Each head has its own active queries, but attention's positions are per batch item: heads become batch items.
@@ -119,13 +152,13 @@ def prob_sparse_attention(
 
     positions = top.reshape(batch * heads, queries)
     rows = jnp.take_along_axis(head_major(query), positions[:, :, None, None], axis=1, mode="promise_in_bounds")
-    active, logsumexp = attention(
-        rows, head_major(key), head_major(value), causal=causal, query_positions=positions if causal else None,
-        scale=scale, dropout_rate=dropout_rate, dropout_rng=dropout_rng, return_logsumexp=True,
-        implementation=implementation,
+    active_operands = Operands(
+        rows, head_major(key), head_major(value), query_positions=positions if options.causal else None,
+        dropout_seed=seed, dropout_heads=None if head_numbers is None else head_numbers.reshape(-1, 1),
     )  # fmt: skip
-    out = _overwrite_context(value, active.reshape(batch, heads, queries, -1), top, length, causal)
-    return ProbSparseOutput(out, measure, top, logsumexp.reshape(batch, heads, queries))
+    active, logsumexp = attention_of(active_operands, options, implementation)
+    out = _overwrite_context(value, active.reshape(batch, heads, queries, -1), top, length, options.causal)
+    return out, measure, top, logsumexp.reshape(batch, heads, queries)
 
 
 def _rows(top: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -125,6 +125,7 @@ class ProgressDisplay:
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)
+            return  # there is no speed yet
         if now - self._shown < self._interval and step != self._total_steps:
             return
         self._shown = now

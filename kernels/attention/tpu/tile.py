@@ -93,14 +93,15 @@ def call(
 
 
 def prefetched_scalars(operands: Operands, plan: Plan, bounds: Any) -> dict[str, Any]:
-    """int32 vectors (flat: SMEM pads whatever has two axes) of block bounds, and of prefix, length, seed a batch."""
-    scalars = jnp.zeros((plan.batch, 3), jnp.int32)
+    """int32 vectors (flat: SMEM pads whatever has two axes) of block bounds; of prefix, length, seed, head a batch."""
+    scalars = jnp.zeros((plan.batch, 4), jnp.int32)
     if operands.prefix_lengths is not None:
         scalars = scalars.at[:, 0].set(operands.prefix_lengths)
     if operands.key_lengths is not None:
         scalars = scalars.at[:, 1].set(operands.key_lengths)
-    if operands.dropout_seed is not None:
+    if operands.dropout_seed is not None and operands.dropout_heads is not None:
         scalars = scalars.at[:, 2].set(jax.lax.bitcast_convert_type(operands.dropout_seed, jnp.int32))
+        scalars = scalars.at[:, 3].set(operands.dropout_heads[:, 0])
     return {"bounds": jnp.asarray(bounds).reshape(-1), "scalars": scalars.reshape(-1)}
 
 
@@ -202,8 +203,8 @@ class Tiles:
     def keep(self, rows: slice, key_block: Any, lane: int) -> jax.Array:
         """Which weights dropout leaves, (rows, 128)."""
         row, column_ = self._indices(rows, key_block, lane)
-        seed = self.refs["scalars"][3 * self.batch + 2].astype(jnp.uint32)
-        head = self.batch * self.plan.heads + self.head
+        seed = self.refs["scalars"][4 * self.batch + 2].astype(jnp.uint32)
+        head = self.refs["scalars"][4 * self.batch + 3] + self.head
         return hash_uniform(seed, head, row, column_) >= self.options.dropout_rate
 
     def existing_keys(self, keys: jax.Array, key_block: Any, axis: int) -> jax.Array:
@@ -233,7 +234,7 @@ class Tiles:
     def _key_limit(self) -> Any:
         """Keys at indices from it on do not exist; None if all of the block do."""
         if "key_lengths" in self.plan.scalars:
-            return jnp.minimum(self.refs["scalars"][3 * self.batch + 1], self.plan.keys)
+            return jnp.minimum(self.refs["scalars"][4 * self.batch + 1], self.plan.keys)
         return self.plan.keys if self.plan.ragged_keys else None
 
     def _mask(self, rows: slice, key_block: Any, lane: int) -> jax.Array | None:
@@ -258,7 +259,7 @@ class Tiles:
             token if key_position is None else key_position,
             of_queries("query_segment_ids"),
             of_keys("key_segment_ids"),
-            self.refs["scalars"][3 * self.batch] if "prefix_lengths" in plan.scalars else None,
+            self.refs["scalars"][4 * self.batch] if "prefix_lengths" in plan.scalars else None,
             key_index,
             self._key_limit(),
         )
