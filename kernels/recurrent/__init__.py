@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.common import Implementation, by_platform
+from kernels.common import Implementation, by_platform, head_shards
 from kernels.recurrent import chunked, gpu, tpu
 from kernels.recurrent.layout import Chunk, Inputs, State, repeat_heads
 
@@ -25,7 +25,6 @@ _FORWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tp
 _BACKWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def run(
     inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, implementation: Implementation | None
 ) -> tuple[jax.Array, State]:
@@ -42,22 +41,62 @@ def run(
     Returns:
       out (B, T, H, E) and the state after the last token.
     """
-    options = {"chunk": chunk, "chunk_size": chunk_size}
-    return by_platform({name: partial(f, **options) for name, f in _FORWARD.items()}, implementation, inputs, state)
+    heads, shards = inputs["query"].shape[2], head_shards(inputs, state)
+
+    def for_each_shard(array: jax.Array) -> jax.Array:
+        # Where heads are cut into more parts than there are key heads, each device repeats the one it needs.
+        few = 1 < array.shape[2] < shards and shards % array.shape[2] == 0 and heads % shards == 0
+        return repeat_heads(array, shards) if few else array
+
+    inputs = {name: for_each_shard(array) for name, array in inputs.items()}
+    return _jitted(inputs, state, chunk, chunk_size, implementation)
 
 
-def _forward(inputs, state, chunk, chunk_size, implementation):
-    return run(inputs, state, chunk, chunk_size, implementation), (inputs, state)
+_OUT_AXES = "b.h."
+_STATE_AXES = "bh.."
 
 
-def _backward(chunk, chunk_size, implementation, residuals, cotangents):
-    options = {"chunk": chunk, "chunk_size": chunk_size}
+def _axes(inputs: Inputs) -> dict[str, str]:
+    """Letters as of `kernels.common.by_platform`. A key head that all heads share is whole on every device."""
+    return {name: f"b.{'.' if x.shape[2] == 1 else 'h'}" + "." * (x.ndim - 3) for name, x in inputs.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _run(
+    inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, implementation: Implementation | None
+) -> tuple[jax.Array, State]:
+    state_axes = (_STATE_AXES,) * len(state)
     return by_platform(
-        {name: partial(f, **options) for name, f in _BACKWARD.items()}, implementation, *residuals, *cotangents
-    )
+        {name: partial(f, chunk=chunk, chunk_size=chunk_size) for name, f in _FORWARD.items()},
+        implementation, inputs, state, axes=(_axes(inputs), state_axes), out_axes=(_OUT_AXES, state_axes),
+    )  # fmt: skip
 
 
-run.defvjp(_forward, _backward)
+def _forward(
+    inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, implementation: Implementation | None
+) -> tuple[tuple[jax.Array, State], tuple[Inputs, State]]:
+    return _run(inputs, state, chunk, chunk_size, implementation), (inputs, state)
+
+
+def _backward(
+    chunk: Chunk,
+    chunk_size: int | None,
+    implementation: Implementation | None,
+    residuals: tuple[Inputs, State],
+    cotangents: tuple[jax.Array, State],
+) -> tuple[Inputs, State]:
+    inputs, state = residuals
+    state_axes = (_STATE_AXES,) * len(state)
+    return by_platform(
+        {name: partial(f, chunk=chunk, chunk_size=chunk_size) for name, f in _BACKWARD.items()},
+        implementation, inputs, state, *cotangents,
+        axes=(_axes(inputs), state_axes, _OUT_AXES, state_axes), out_axes=(_axes(inputs), state_axes),
+    )  # fmt: skip
+
+
+_run.defvjp(_forward, _backward)
+# Within a program too: a network's layers then trace every platform's kernel once, not each.
+_jitted = jax.jit(_run, static_argnums=(2, 3, 4))
 
 
 # ------------------------------------------------------------------------------------------------ checks at the door

@@ -46,8 +46,18 @@ def step(name, batch=8, time=2048, dtype=jnp.bfloat16):
     return jax.value_and_grad(loss, has_aux=True), arrays(batch, time, *size, dtype=dtype)
 
 
-@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e", "h100"])
-@pytest.mark.parametrize("name", SIZES)
+# Of each core the one that asks most of a compiler; the others are variations on it.
+QUICK = [(name, target) for name in ("based", "gated_delta") for target in ("tpu-v5e", "h100")]
+
+
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        pytest.param(name, target, marks=() if (name, target) in QUICK else pytest.mark.slow)
+        for name in SIZES
+        for target in ("tpu-v5e", "tpu-v6e", "h100")
+    ],
+)
 def test_forward_and_backward_are_kernels(name, target):
     compiled = compile_for(target, *step(name))
     platform = "gpu" if target == "h100" else "tpu"
@@ -57,11 +67,13 @@ def test_forward_and_backward_are_kernels(name, target):
         assert all(r.spill_bytes == 0 for r in gpu_resources(compiled) if "backward" not in r.kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
 def test_float32_compiles(target):
     assert "delta_rule" in " ".join(compile_for(target, *step("gated_delta", dtype=jnp.float32)).kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gla", "based", "gated_delta"])
 def test_memory_is_linear_in_time(name):
     short, long = (report(compile_for("tpu-v5e", *step(name, 8, time))).temporary_bytes for time in (2048, 8192))
