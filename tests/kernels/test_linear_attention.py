@@ -70,7 +70,7 @@ VARIANTS = [
 ]
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     st.sampled_from(VARIANTS), st.sampled_from([1, 7, 65, 130]), st.sampled_from(["float32", "bfloat16"]),
     st.integers(0, 9),
@@ -78,6 +78,14 @@ VARIANTS = [
 def test_chunked_equals_recurrent(variant, time, dtype, seed):
     case = Case(**variant, time=time, dtype=dtype)
     assert_equals_reference(case, case.arrays(seed), "chunked", dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_chunked_equals_recurrent_in_every_variant(variant, dtype):
+    case = Case(**variant, time=130, dtype=dtype)
+    assert_equals_reference(case, case.arrays(), "chunked", dtype)
 
 
 KERNEL_VARIANTS = [
