@@ -62,14 +62,18 @@ def test_chunked_equals_recurrent(variant, time, dtype, seed):
 @pytest.mark.parametrize("implementation", ["tpu", "gpu"])
 @pytest.mark.parametrize(
     "variant",
-    [{"gated": False, "key_heads": 1}, {"strength": 4.0, "dtype": "bfloat16"}, {"time": 1}],
-    ids=["plain", "gated-bfloat16", "token"],
+    [
+        pytest.param({"gated": False, "key_heads": 1}, id="plain"),
+        pytest.param({"strength": 4.0, "dtype": "bfloat16"}, id="gated-bfloat16"),
+        pytest.param({"time": 1}, id="token", marks=pytest.mark.slow),
+    ],
 )
 def test_kernel_equals_recurrent(variant, implementation):
     case = Case(**variant, chunk_size=16)
     assert_equals_reference(case, case.arrays(), implementation, case.dtype)
 
 
+@pytest.mark.slow
 def test_blocks_of_the_value_that_take_turns_give_the_same_gradients(monkeypatch):
     monkeypatch.setattr(gpu, "_PROGRAMS", 2)
     monkeypatch.setattr(gpu, "_STATE_SIZE", {"forward": 256, "backward": 256})

@@ -89,9 +89,8 @@ def test_chunked_equals_recurrent_in_every_variant(variant, dtype):
 
 
 KERNEL_VARIANTS = [
-    {"decay": "scalar", "key_heads": 1},
     {"decay": "channel", "strength": 4.0, "dtype": "bfloat16"},
-    {"feature_map": "elu", "normalize": True, "width": 12},
+    {"feature_map": "elu", "normalize": True, "width": 12, "decay": "scalar", "key_heads": 1},
     {"feature_map": "taylor", "normalize": True, "decay": "scalar"},
     {"feature_map": "taylor", "normalize": True, "time": 1, "dtype": "bfloat16"},
 ]

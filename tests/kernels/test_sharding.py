@@ -158,7 +158,15 @@ def delta(arrays, implementation):
 
 
 # Key heads cut with the heads, one for all, one repeated for each device that needs it; heads that cannot be cut.
-@pytest.mark.parametrize("core, heads, key_heads", [(linear, 4, 4), (linear, 4, 1), (delta, 4, 2), (linear, 3, 3)])
+@pytest.mark.parametrize(
+    "core, heads, key_heads",
+    [
+        pytest.param(linear, 4, 4, marks=pytest.mark.slow),
+        (linear, 4, 1),
+        (delta, 4, 2),
+        pytest.param(linear, 3, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_recurrent_cores_on_a_mesh_equal_one_device(core, heads, key_heads):
     arrays = recurrent_inputs(heads, key_heads)
     expected = recurrent_cases.outputs_and_gradients(core, arrays, None, "float32")
