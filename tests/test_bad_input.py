@@ -2,13 +2,20 @@
 
 import contextlib
 import io
+import pathlib
+import pickle
+import tempfile
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import zoo
 from kernels import attention
-from zoo import cli
+from zoo import cli, mixers, train
+from zoo.backbones import DecoderConfig
+from zoo.data.ett import read_ett
+from zoo.data.time_series import read_csv
 
 X = jnp.zeros((2, 8, 4, 16))
 ONE_HEAD = jnp.zeros((2, 8, 1, 16))
@@ -55,10 +62,80 @@ API = [
     ("no checkpoint", lambda: zoo.load_weights("informer_etth1_m24"), ValueError, "no checkpoint of .* give a source"),
 ]
 
+HOUR = "date,a,b\n2020-01-01 00:00:00,1,2\n"
+
+
+def table(text, **options):
+    """A call of `read_csv` on a file of this text."""
+
+    def call():
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "table.csv")
+            path.write_text(text)
+            return read_csv(path, **options)
+
+    return call
+
+
+def checkpoint(content, suffix):
+    """A call of `load_weights` on a file of this content."""
+
+    def call():
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "checkpoint" + suffix)
+            path.write_bytes(content)
+            return zoo.load_weights("informer_etth1_m24", path)
+
+    return call
+
+
+DATA = [
+    ("no file", lambda: read_csv("nowhere.csv"), FileNotFoundError, "no such file: nowhere.csv"),
+    ("no folder", lambda: read_ett("ETTh1", "nowhere"), FileNotFoundError, "ETTh1"),
+    ("no rows", table("date,a,b\n"), ValueError, "has a header but no rows"),
+    ("no date", table("day,a\n2020-01-01,1\n"), ValueError, "no column 'date' in the header"),
+    ("no column", table(HOUR, columns=("a", "c")), ValueError, "no column 'c' in the header"),
+    ("cells", table(HOUR + "2020-01-01 01:00:00,1\n"), ValueError, "line 3: 2 cells, the header has 3"),
+    ("a word", table(HOUR + "2020-01-01 01:00:00,1,two\n"), ValueError, "line 3: column 'b' holds 'two', not a number"),
+    (
+        "a gap",
+        table(HOUR + "2020-01-01 01:00:00,nan,2\n"),
+        ValueError,
+        "1 rows have missing or infinite values, lines 3",
+    ),
+    ("no day", table(HOUR + "2020-02-30 01:00:00,1,2\n"), ValueError, "'2020-02-30 01:00:00' is not a date"),
+    ("twice", table(HOUR + "2020-01-01 00:00:00,1,2\n"), ValueError, "table.csv"),
+]
+
+WEIGHTS = [
+    ("no file", lambda: zoo.load_weights("informer_etth1_m24", "nowhere.pth"), FileNotFoundError, "no such file"),
+    ("suffix", checkpoint(b"weights", ".xyz"), ValueError, ".xyz"),
+    ("not safetensors", checkpoint(b"weights", ".safetensors"), ValueError, "is damaged, or not a safetensors file"),
+    ("not torch", checkpoint(b"weights", ".pth"), ValueError, "is damaged, or not a torch checkpoint"),
+    ("code", checkpoint(pickle.dumps(print), ".pth"), ValueError, "checkpoint.pth"),
+    ("names", lambda: zoo.load_weights("informer_etth1_m24", {"x.weight": np.zeros(3)}), ValueError, "x.weight"),
+    ("source", lambda: zoo.load_weights("informer_etth1_m24", 3), TypeError, "expected a path, an hf:// address or a"),
+]
+
+NETWORKS = [
+    (
+        "mixer",
+        lambda: mixers.create("softmx", features=8),
+        ValueError,
+        "unknown mixer 'softmx'; did you mean 'softmax'",
+    ),
+    ("heads", lambda: mixers.create("softmax", features=8, heads=3), ValueError, "heads"),
+    ("option", lambda: mixers.create("softmax", features=8, head=2), TypeError, "no option 'head'; its options: "),
+    ("preset", lambda: DecoderConfig.preset("gpt5"), ValueError, "gpt5"),
+    ("mesh", lambda: train.make_mesh(train.MeshConfig(data=99)), ValueError, "does not fit 8 devices"),
+    ("optimizer", lambda: train.OptimizerConfig(name="adamm"), ValueError, "name must be one of .* got 'adamm'"),
+]
+GROUPS = {"kernel": KERNELS, "api": API, "data": DATA, "weights": WEIGHTS, "network": NETWORKS}
+
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
-    [pytest.param(*case, id=f"{group}: {name}") for group, cases in {"kernel": KERNELS, "api": API}.items()
+    [pytest.param(*case, id=f"{group}: {name}") for group, cases in GROUPS.items()
      for name, *case in cases],
 )  # fmt: skip
 def test_wrong_call_says_what_was_expected(call, error, message):

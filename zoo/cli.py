@@ -118,13 +118,18 @@ class Compile:
     """Examples in the whole batch."""
 
     def __call__(self) -> None:
+        import jax
+
         from zoo import compilation
 
-        print(
-            compilation.compile_model(
+        jax.config.update("jax_platforms", "cpu")  # compilers need no device, and must not look for one
+        try:
+            report = compilation.compile_model(
                 self.id, self.target, _parse_mesh(self.mesh), training=self.train, batch_size=self.batch_size
             )
-        )
+        except (compilation.CompilerMissingError, compilation.DeviceMemoryError) as error:
+            raise SystemExit(f"error: {error}") from error
+        print(report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command(passed_on)
         else:
             command()
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, ConnectionError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
