@@ -26,6 +26,7 @@ bench: .venv/bench
 
 bench-kernels: .venv/bench
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.recurrent tpu
 
 # Every claim, minutes to hours each; then the page that sums them up.
 claims: .venv/test

@@ -5,6 +5,8 @@
 """
 
 from kernels.attention import attention
+from kernels.delta_rule import delta_rule
+from kernels.linear_attention import linear_attention
 from kernels.prob_sparse import prob_sparse_attention
 
-__all__ = ["attention", "prob_sparse_attention"]
+__all__ = ["attention", "delta_rule", "linear_attention", "prob_sparse_attention"]

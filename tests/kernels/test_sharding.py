@@ -14,8 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels import common
 from kernels.attention import attention
+from kernels.delta_rule import delta_rule
+from kernels.linear_attention import linear_attention
 from kernels.prob_sparse import prob_sparse_attention, sample_keys
-from tests.kernels import attention_cases
+from tests.kernels import attention_cases, recurrent_cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.compile import gradient, shape
 from zoo import train
@@ -137,6 +139,71 @@ def test_prob_sparse_on_a_mesh_equals_one_device_and_moves_no_operand():
 
     derive = jax.jit(gradient(lambda *a: prob_sparse(jax.random.key(1), *a).out, 3))
     assert all(size == 1 for _, size in moved(derive.lower(*arguments, table).compile().as_text()))
+
+
+def recurrent_inputs(heads, key_heads):
+    rng = np.random.default_rng(0)
+    shapes = {"query": (heads, 8), "key": (key_heads, 8), "value": (key_heads, 16), "decay": (heads,)}
+    arrays = {name: recurrent_cases.normal(rng, 4, 40, *shape) for name, shape in shapes.items()}
+    return arrays | {"key": recurrent_cases.unit(arrays["key"]), "decay": -jnp.exp(arrays["decay"])}
+
+
+def linear(arrays, implementation):
+    return linear_attention(**arrays, feature_map="elu", normalize=True, implementation=implementation)
+
+
+def delta(arrays, implementation):
+    run = partial(delta_rule, **arrays, beta=jnp.exp(arrays["decay"]), implementation=implementation)
+    return run(state=run()[1])
+
+
+# Key heads cut with the heads, one for all, one repeated for each device that needs it; heads that cannot be cut.
+@pytest.mark.parametrize(
+    "core, heads, key_heads",
+    [
+        pytest.param(linear, 4, 4, marks=pytest.mark.slow),
+        (linear, 4, 1),
+        (delta, 4, 2),
+        pytest.param(linear, 3, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_recurrent_cores_on_a_mesh_equal_one_device(core, heads, key_heads):
+    arrays = recurrent_inputs(heads, key_heads)
+    expected = recurrent_cases.outputs_and_gradients(core, arrays, None, "float32")
+    mesh = simulated(2, 1, 4)
+    placed = {
+        name: jax.device_put(array, NamedSharding(mesh, HEADS_WHOLE if array.shape[2] % 4 else HEADS_CUT))
+        for name, array in arrays.items()
+    }
+    actual = recurrent_cases.outputs_and_gradients(core, placed, None, "float32")
+    for part, wanted, tolerance in zip(actual, expected, recurrent_cases.TOLERANCES["float32"], strict=True):
+        for (path, array), got in zip(jax.tree.leaves_with_path(wanted), jax.tree.leaves(part), strict=True):
+            recurrent_cases.assert_close(got, array, tolerance, "float32", jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("core", [linear, delta])
+def test_recurrent_cores_on_a_mesh_move_no_operand(core):
+    mesh = simulated(2, 1, 4)
+    placed = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, HEADS_CUT))
+        for name, array in recurrent_inputs(4, 4).items()
+    }
+    derive = jax.jit(gradient(lambda arrays: core(arrays, None)[0]))
+    program = derive.lower(placed).compile().as_text()
+    assert all(size == 1 for _, size in moved(program)), moved(program)  # the loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
+def test_recurrent_core_compiled_for_a_slice_holds_the_kernels_and_moves_no_operand(target):
+    array, numbers = shape(8, 1024, 8, 64), shape(8, 1024, 8, dtype=jnp.float32)
+    compiled = compile_for(
+        target, gradient(lambda *a: delta_rule(*a)[0]), array, array, array, numbers,
+        mesh=make_mesh(target, {"data": 2, "fsdp": 1, "tensor": 2}), in_shardings=(HEADS_CUT,) * 4,
+    )  # fmt: skip
+    for kind in ("forward", "backward"):
+        assert any(name.startswith("delta_rule_") and kind in name for name in compiled.kernels), compiled.kernels
+    assert all(size == 1 for _, size in moved(compiled.executable.as_text()))
 
 
 @pytest.mark.parametrize("target, kernels", [("tpu-v5e", "attention_"), ("h100", "attention_gpu_")])
