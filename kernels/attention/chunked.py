@@ -18,8 +18,9 @@ from kernels.attention.operands import Operands, Options, visible
 from kernels.attention.reference import softmax
 from kernels.common import NEGATIVE_INFINITY, hash_uniform
 
-_TILE_ELEMENTS = 2**19  # logits in a tile: 2 MiB, about a core's level-2 cache
-_MOST_ROWS = 256  # of a tile; more make causality's diagonal blocks wasteful
+_TILE_ELEMENTS = 2**20  # logits in a tile: 4 MiB, what two cores' level-2 caches hold
+_MOST_ROWS = 512  # of a tile
+_MOST_BOUNDED_ROWS = 256  # where positions bound the keys; more make the tiles at the bound wasteful
 _LEAST_ROWS = 64  # of a tile; fewer make matrix products slow
 _MOST_SPANS = 8  # into which causal queries are cut; each is compiled apart
 
@@ -47,14 +48,15 @@ def _spans(operands: Operands, options: Options) -> list[_Span]:
         left = right = None
 
     one_sided = (left is None) != (right is None)
-    length = max(-(-queries // (_MOST_SPANS if one_sided else 1)), min(queries, _MOST_ROWS))
+    most_rows = _MOST_ROWS if left is None and right is None else _MOST_BOUNDED_ROWS
+    length = max(-(-queries // (_MOST_SPANS if one_sided else 1)), min(queries, most_rows))
     spans = []
     for first in range(0, queries, length):
         start, stop = first, min(first + length, queries)
         while start < stop:  # a second round takes the remainder of the blocks
             low = 0 if left is None else min(max(start - left, 0), keys - 1)
             high = keys if right is None else min(max(stop + right, low + 1), keys)
-            rows = min(max(_TILE_ELEMENTS // (high - low), _LEAST_ROWS), _MOST_ROWS)
+            rows = min(max(_TILE_ELEMENTS // (high - low), _LEAST_ROWS), most_rows)
             block = min(max(rows * key_heads // heads, 1), stop - start)
             width = high - low if left is None or right is None else min(high - low, left + block + right)
             spans.append(_Span(start, block, (stop - start) // block, low, high, left or 0, width))
