@@ -28,9 +28,11 @@ bench-kernels: .venv/bench
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.recurrent tpu
 
-# Every claim, minutes to hours each; then the page that sums them up.
+# Every claim, minutes to hours each; then the page that sums them up. ETT is the folder of ETTh1.csv.
+ETT ?= ../shared/data/ett
 claims: .venv/test
-	$(BIN)/zoo run informer --preset cpu --workdir runs/claims/informer
+	$(BIN)/zoo run informer --preset cpu --data-dir $(ETT) --workdir runs/claims/informer
+	cp runs/claims/informer/result.json experiments/results/informer.json
 	$(BIN)/zoo report
 
 notebooks: .venv/test
