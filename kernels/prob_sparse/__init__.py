@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.attention import attention_of
 from kernels.attention.operands import Operands, Options, number_heads
@@ -252,9 +253,9 @@ def _check(
         raise ValueError(f"sample_indices must be (L_Q, U) or (U,), got shape {sample_indices.shape}")
     if sample_indices.ndim == 2 and sample_indices.shape[0] != length:
         raise ValueError(f"sample_indices must have a row for each of the {length} queries, got {sample_indices.shape}")
-    if not isinstance(sample_indices, jax.core.Tracer) and (sample_indices.min() < 0 or sample_indices.max() >= keys):
-        raise ValueError(
-            f"sample_indices must be in [0, {keys}), got {int(sample_indices.min())} .. {int(sample_indices.max())}"
-        )
+    if not isinstance(sample_indices, jax.core.Tracer):
+        table = np.asarray(sample_indices)  # known values, also where a trace has closed over them
+        if table.min() < 0 or table.max() >= keys:
+            raise ValueError(f"sample_indices must be in [0, {keys}), got {table.min()} .. {table.max()}")
     if not 1 <= queries <= length:
         raise ValueError(f"queries must be in 1 .. {length} (the number of queries), got {queries}")

@@ -420,3 +420,13 @@ def test_bad_input_is_refused(change, error, message):
 def test_sizes_of_nothing_are_refused(factor, length):
     with pytest.raises(ValueError, match="must be at least 1"):
         sample_size(factor, length)
+
+
+def test_a_known_table_may_be_closed_over_by_a_trace():
+    query = jnp.ones((1, 8, 2, 4))
+    table = jnp.zeros((8, 3), jnp.int32)
+    outside = table + 8
+    out = jax.jit(lambda x: prob_sparse_attention(x, x, x, table, queries=3).out)(query)
+    assert out.shape == query.shape
+    with pytest.raises(ValueError, match=r"sample_indices must be in \[0, 8\), got 8 .. 8"):
+        jax.jit(lambda x: prob_sparse_attention(x, x, x, outside, queries=3).out)(query)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zoo import mixers
 from zoo.backbones.transformer import TransformerConfig, check_positive, make_blocks
@@ -245,7 +246,8 @@ def _check(config: DecoderConfig, tokens: jax.Array, state: DecoderState | None,
         if state.length.shape != tokens.shape[:1]:
             raise ValueError(f"tokens have a batch of {tokens.shape[0]}, the state one of {state.length.shape[0]}")
     if not isinstance(tokens, jax.core.Tracer):
-        low, high = int(tokens.min()), int(tokens.max())
+        values = np.asarray(tokens)  # known, also where a trace has closed over them
+        low, high = values.min(), values.max()
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens must be in 0 .. {config.vocab_size - 1}, got {low} .. {high}")
 
