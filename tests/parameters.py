@@ -17,6 +17,7 @@ def random_parameters(model: nn.Module, *arguments, seed: int = 0):
     def draw(path, leaf):
         spread = 0.3 if leaf.ndim < 2 else np.prod(leaf.shape[:-1]) ** -0.5
         mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(mean + spread * random.normal(size=leaf.shape), leaf.dtype)
+        with jax.ensure_compile_time_eval():  # tests keep parameters, and may ask for them first within a trace
+            return jnp.asarray(mean + spread * random.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree.map_with_path(draw, shapes)
