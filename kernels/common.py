@@ -24,6 +24,19 @@ def check_implementation(implementation: str | None) -> None:
         raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
 
 
+def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    """Raises ValueError or TypeError unless all three are (batch, time, heads, dim) of one float dtype, not empty."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} must be (batch, time, heads, dim), got shape {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {array.dtype}")
+        if 0 in array.shape:
+            raise ValueError(f"{name} has an empty axis: {array.shape}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+
+
 def by_platform(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: Implementation | None,
@@ -83,6 +96,13 @@ def head_shards(*operands: Any) -> int:
     """The number of parts into which a mesh would cut the heads."""
     mesh = auto_mesh(*operands)
     return 1 if mesh is None else math.prod(auto_axes(mesh).get(axis, 1) for axis in HEAD_AXES)
+
+
+def repeat_for_shards(array: jax.Array, heads: int, shards: int) -> jax.Array:
+    """(B, S, G, ...) of key heads; where `shards` parts of `heads` heads outnumber them, each part's own, repeated."""
+    key_heads = array.shape[2]
+    few = 1 < key_heads < shards and shards % key_heads == 0 and heads % shards == 0
+    return jnp.repeat(array, shards // key_heads, axis=2) if few else array
 
 
 def auto_axes(mesh: AbstractMesh) -> dict[str, int]:

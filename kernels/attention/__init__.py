@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels.attention import chunked, gpu, reference, tpu
 from kernels.attention.operands import OUT_AXES, Operands, Options, axes, check, number_heads
-from kernels.common import Implementation, by_platform, check_implementation, head_shards
+from kernels.common import Implementation, by_platform, check_implementation, head_shards, repeat_for_shards
 
 _FORWARD: Mapping[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 _BACKWARD: Mapping[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
@@ -98,16 +98,9 @@ def attention_of(
     check(operands, options)
     if implementation == "reference":  # the definition is differentiated by JAX itself
         return reference.forward(operands, options)
-    return _jitted(_with_a_key_head_for_each_shard(operands), options, implementation)
-
-
-def _with_a_key_head_for_each_shard(operands: Operands) -> Operands:
-    # Where heads are cut into more parts than there are key heads, each device repeats the one it needs.
-    shards, (heads, key_heads) = head_shards(operands), (operands.query.shape[2], operands.key.shape[2])
-    if key_heads in (1, shards) or shards % key_heads or heads % shards:
-        return operands
-    key, value = (jnp.repeat(array, shards // key_heads, axis=2) for array in (operands.key, operands.value))
-    return operands._replace(key=key, value=value)
+    heads, shards = operands.query.shape[2], head_shards(operands)
+    key, value = (repeat_for_shards(array, heads, shards) for array in (operands.key, operands.value))
+    return _jitted(operands._replace(key=key, value=value), options, implementation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.common import check_heads
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -106,16 +108,7 @@ def visible(
 def check(operands: Operands, options: Options) -> None:
     """Raises ValueError or TypeError, naming the argument, its shape and what was expected."""
     query, key, value = operands.query, operands.key, operands.value
-    for name in ("query", "key", "value"):
-        array = getattr(operands, name)
-        if array.ndim != 4:
-            raise ValueError(f"{name} must be (batch, time, heads, dim), got shape {array.shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got {array.dtype}")
-        if 0 in array.shape:
-            raise ValueError(f"{name} has an empty axis: {array.shape}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    check_heads(query, key, value)
     batch, queries, heads, width = query.shape
     keys, key_heads = key.shape[1:3]
     if key.shape[0] != batch or value.shape[0] != batch:

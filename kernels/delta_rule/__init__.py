@@ -47,7 +47,7 @@ def delta_rule(
       ValueError, TypeError: an argument's shape, dtype or range is wrong.
     """
     check_implementation(implementation)
-    recurrent.check_heads(query, key, value)
+    recurrent.check_recurrent_heads(query, key, value)
     recurrent.check_chunk_size(chunk_size)
     batch, time, heads, width = query.shape
     scale = width**-0.5 if scale is None else scale

@@ -68,7 +68,7 @@ def linear_attention(
       ValueError, TypeError: an argument's shape, dtype or range is wrong.
     """
     check_implementation(implementation)
-    recurrent.check_heads(query, key, value)
+    recurrent.check_recurrent_heads(query, key, value)
     recurrent.check_chunk_size(chunk_size)
     batch, time, heads, width = query.shape
     if feature_map not in get_args(FeatureMap):

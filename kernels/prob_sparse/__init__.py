@@ -23,7 +23,14 @@ import numpy as np
 
 from kernels.attention import attention_of
 from kernels.attention.operands import Operands, Options, number_heads
-from kernels.common import NEGATIVE_INFINITY, Implementation, by_platform, check_implementation, on_each_device
+from kernels.common import (
+    NEGATIVE_INFINITY,
+    Implementation,
+    by_platform,
+    check_heads,
+    check_implementation,
+    on_each_device,
+)
 from kernels.prob_sparse import chunked, gpu, reference, tpu
 
 _MEASURE: Mapping[str, Callable[..., jax.Array]] = {
@@ -230,15 +237,7 @@ def _check(
     query: jax.Array, key: jax.Array, value: jax.Array, sample_indices: jax.Array, queries: int, causal: bool
 ) -> None:
     """Raises what `attention` would not, since it sees the active rows only."""
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != 4:
-            raise ValueError(f"{name} must be (batch, time, heads, dim), got shape {array.shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got {array.dtype}")
-        if 0 in array.shape:
-            raise ValueError(f"{name} has an empty axis: {array.shape}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    check_heads(query, key, value)
     batch, length, heads, width = query.shape
     keys = key.shape[1]
     if key.shape != (batch, keys, heads, width):

@@ -15,11 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.common import Implementation, by_platform, head_shards
+from kernels.common import Implementation, by_platform, check_heads, head_shards, repeat_for_shards
 from kernels.recurrent import chunked, gpu, tpu
 from kernels.recurrent.layout import Chunk, Inputs, State, repeat_heads
 
-__all__ = ["Chunk", "Inputs", "State", "check_array", "check_chunk_size", "check_heads", "repeat_heads", "run"]
+__all__ = [
+    "Chunk",
+    "Inputs",
+    "State",
+    "check_array",
+    "check_chunk_size",
+    "check_recurrent_heads",
+    "repeat_heads",
+    "run",
+]
 
 _FORWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 _BACKWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
@@ -42,13 +51,7 @@ def run(
       out (B, T, H, E) and the state after the last token.
     """
     heads, shards = inputs["query"].shape[2], head_shards(inputs, state)
-
-    def for_each_shard(array: jax.Array) -> jax.Array:
-        # Where heads are cut into more parts than there are key heads, each device repeats the one it needs.
-        few = 1 < array.shape[2] < shards and shards % array.shape[2] == 0 and heads % shards == 0
-        return repeat_heads(array, shards) if few else array
-
-    inputs = {name: for_each_shard(array) for name, array in inputs.items()}
+    inputs = {name: repeat_for_shards(array, heads, shards) for name, array in inputs.items()}
     return _jitted(inputs, state, chunk, chunk_size, implementation)
 
 
@@ -102,17 +105,9 @@ _jitted = jax.jit(_run, static_argnums=(2, 3, 4))
 # ------------------------------------------------------------------------------------------------ checks at the door
 
 
-def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+def check_recurrent_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     """Raises ValueError or TypeError, with the shape and what was expected."""
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != 4:
-            raise ValueError(f"{name} must be (batch, time, heads, dim), got shape {array.shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point, got {array.dtype}")
-        if 0 in array.shape:
-            raise ValueError(f"{name} has an empty axis: {array.shape}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    check_heads(query, key, value)
     if key.shape[:2] != query.shape[:2] or key.shape[3] != query.shape[3]:
         raise ValueError(f"query and key must agree in batch, time and dim, got {query.shape} and {key.shape}")
     if value.shape[:3] != key.shape[:3]:
