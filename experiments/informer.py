@@ -387,6 +387,7 @@ def accuracy(series: Series, config: Config, trainings: list[Training]) -> repor
         statement=f"Informer forecasts {config.model.pred_len} steps of {config.data} in one pass (test MSE and MAE).",
         verdict=verdict,
         measured=measured,
+        seeds=config.seeds,
         published=published,
         baselines={
             f"{name}, {key}": round(scores.metrics[key], 4)
@@ -443,6 +444,7 @@ def sparsity(
         statement="ProbSparse attention forecasts as well as canonical attention of the same size.",
         verdict="reproduced" if close and wired else "not reproduced",
         measured=measured,
+        seeds=config.comparison.seeds,
         published=published,
         interval="95% of the mse difference, bootstrap over weeks of test windows, mean of seeds: "
         + ", ".join(intervals),
@@ -742,8 +744,7 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
         show(claim)
         (folder.path / "figures").mkdir(exist_ok=True)
         figure.savefig(folder.path / "figures" / "cost.png", dpi=120)
-    seeds = tuple(config.seeds) + (tuple(config.comparison.seeds) if "sparsity" in config.claims else ())
-    result = reports.Result("informer", _preset(config), config.data, seeds, tuple(claims))
+    result = reports.Result("informer", _preset(config), config.data, tuple(claims))
     result.save(folder.path / "result.json")
     return result
 

@@ -12,10 +12,10 @@ from zoo.reports import Claim, Result
 def kept(tmp_path, monkeypatch):
     monkeypatch.setattr(reports, "RESULTS", tmp_path)
     claims = (
-        Claim("Water is wet.", "reproduced", {"wetness": [0.9, 1.0]}, published={"wetness": 1.0}),
+        Claim("Water is wet.", "reproduced", {"wetness": [0.9, 1.0]}, seeds=(0, 1), published={"wetness": 1.0}),
         Claim("Fire is cold.", "not reproduced", {"temperature": 800.0}, baselines={"ice": 273.15}, remark="It burns."),
     )
-    result = Result("informer", "cpu", "a real fire", (0, 1), claims)
+    result = Result("informer", "cpu", "a real fire", claims)
     result.save(tmp_path / "informer.json")
     return result
 
@@ -28,6 +28,7 @@ def test_failures_come_first(kept):
     page = reports.claims_page()
     assert page.index("Fire is cold.") < page.index("Water is wet.")
     assert "| baselines: ice | 273.1 |" in page and "| measured: wetness | 0.9, 1 |" in page and "It burns." in page
+    assert page.count("| seeds | 0, 1 |") == 1  # of the claim that was trained
 
 
 def test_papers_table_counts_reproduced_claims(kept):
@@ -67,7 +68,7 @@ def test_nothing_is_half_written(tmp_path):
 
 
 def test_not_a_number_is_not_written(tmp_path):
-    result = Result("informer", "cpu", "none", (0,), (Claim("x", "not tested", {"loss": float("nan")}),))
+    result = Result("informer", "cpu", "none", (Claim("x", "not tested", {"loss": float("nan")}),))
     with pytest.raises(ValueError):
         result.save(tmp_path / "result.json")
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ class Claim:
       statement: what the paper says, in one sentence.
       verdict: what we found.
       measured: our numbers by name; a list holds one a seed.
+      seeds: of the trainings measured; empty where nothing was trained.
       published: the paper's (or its official code's) numbers by name.
       baselines: what the claim is held against, by name.
       interval: how certain the measured difference is, such as "95% bootstrap over windows: [-0.02, 0.01]".
@@ -36,6 +37,7 @@ class Claim:
     statement: str
     verdict: Verdict
     measured: dict[str, Any]
+    seeds: tuple[int, ...] = ()
     published: dict[str, Any] = dataclasses.field(default_factory=dict)
     baselines: dict[str, Any] = dataclasses.field(default_factory=dict)
     interval: str = ""
@@ -53,7 +55,6 @@ class Result:
     paper: str
     preset: str
     data: str
-    seeds: tuple[int, ...]
     claims: tuple[Claim, ...]
     machine: str = dataclasses.field(default_factory=lambda: machine())
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
@@ -68,8 +69,8 @@ def load_result(path: str | os.PathLike[str]) -> Result:
     """Reads a record that `Result.save` wrote. Raises ValueError where the file is no such record."""
     try:
         content = json.loads(pathlib.Path(path).read_text())
-        claims = tuple(Claim(**claim) for claim in content.pop("claims"))
-        return Result(claims=claims, **{**content, "seeds": tuple(content["seeds"])})
+        claims = tuple(Claim(**{**claim, "seeds": tuple(claim["seeds"])}) for claim in content.pop("claims"))
+        return Result(claims=claims, **content)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an experiment's result: {error}") from error
 
@@ -114,7 +115,8 @@ def claims_page() -> str:
                 lines += [f"| {heading}: {name} | {_number(value)} |" for name, value in values.items()]
             if claim.interval:
                 lines.append(f"| interval | {claim.interval} |")
-            lines.append(f"| seeds | {', '.join(map(str, result.seeds))} |")
+            if claim.seeds:
+                lines.append(f"| seeds | {', '.join(map(str, claim.seeds))} |")
             lines.append(f"| run | preset `{result.preset}`, {result.data}, {result.machine}, {result.date} |")
             if claim.remark:
                 lines += ["", claim.remark]
