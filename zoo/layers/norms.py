@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from zoo.errors import unknown
@@ -53,3 +54,32 @@ def norm(
     if kind == "rms":
         return nn.RMSNorm(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, scale_init=scale_init, name=name)
     raise unknown("norm", kind, get_args(NormKind))
+
+
+class GatedRMSNorm(nn.Module):
+    """rms_norm(x) * silu(gate); with `gate_first` rms_norm(x * silu(gate)), as in Mamba-2. Float32 inside.
+
+    Fields:
+      epsilon: added to the mean square.
+      gate_first: see there.
+      use_scale: whether the norm has a learned scale.
+      axis: logical name of the normalised axis.
+    """
+
+    epsilon: float = 1e-5
+    gate_first: bool = False
+    use_scale: bool = True
+    axis: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        """Both (..., features) to the same, in `dtype`, or the gate's dtype."""
+        dtype = gate.dtype if self.dtype is None else self.dtype
+        x, gate = x.astype(jnp.float32), nn.silu(gate.astype(jnp.float32))
+        norm = nn.RMSNorm(
+            epsilon=self.epsilon, dtype=jnp.float32, param_dtype=self.param_dtype, use_scale=self.use_scale,
+            scale_init=partitioned(nn.initializers.ones_init(), self.axis), name="norm",
+        )  # fmt: skip
+        return (norm(x * gate) if self.gate_first else norm(x) * gate).astype(dtype)

@@ -1,6 +1,14 @@
 """Sequence mixers: a kernel with its projections, every one a drop-in for every other."""
 
-from zoo.mixers import softmax  # noqa: F401  registers
-from zoo.mixers.base import Mixer, State, create, names, options, register, token_positions
+from zoo.mixers import (  # noqa: F401  registers
+    convolution,
+    delta_rule,
+    gated_linear_attention,
+    linear_attention,
+    retention,
+    softmax,
+    state_space,
+)
+from zoo.mixers.base import Mixer, State, create, names, options, register, state_bytes, token_positions
 
-__all__ = ["Mixer", "State", "create", "names", "options", "register", "token_positions"]
+__all__ = ["Mixer", "State", "create", "names", "options", "register", "state_bytes", "token_positions"]

@@ -115,6 +115,12 @@ def token_positions(
     return jnp.where(valid, positions, -1)
 
 
+def state_bytes(model: Any, length: int) -> int:
+    """Bytes of one sequence's past of `length` tokens, of a mixer or of any network with its `init_state`."""
+    state = jax.eval_shape(lambda: model.init_state(1, length))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def register(name: str) -> Callable[[_M], _M]:
     """A class decorator that makes a mixer known by name."""
 
