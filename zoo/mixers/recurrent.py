@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.linear_attention import LinearAttentionState
-from zoo.layers.short_convolution import ShortConvolution
 from zoo.layers.partitioning import dense
+from zoo.layers.short_convolution import ShortConvolution
 from zoo.mixers.base import Mixer, State
 
 
