@@ -62,3 +62,12 @@ def main(name: str, presets: Mapping[str, Any], run: Callable[..., Any], argumen
 def run_module(module: types.ModuleType, arguments: Sequence[str]) -> Any:
     """Runs an experiment's module (`PRESETS` and `run`) with a command line."""
     return main(module.__name__.rsplit(".", 1)[-1], module.PRESETS, module.run, arguments)
+
+
+def preset_name(config: Any, presets: Mapping[str, Any]) -> str:
+    """The preset that a config equals but for its data's folder, or "own"."""
+
+    def bare(config: Any) -> Any:
+        return dataclasses.replace(config, data_dir=None) if hasattr(config, "data_dir") else config
+
+    return next((name for name, preset in presets.items() if bare(preset) == bare(config)), "own")

@@ -727,7 +727,7 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
         for seed in config.seeds[1:]:
             trainings.append(train_below(f"seed{seed}", config.model, seed, config.epochs, config.learning_rate))
         claims.append(accuracy(series, config, trainings))
-        show(claims[-1])
+        reports.show(claims[-1])
     if "sparsity" in config.claims:
         options = config.comparison
         claims.append(
@@ -737,32 +737,16 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
                 lambda name, model, seed: train_below(name, model, seed, options.epochs, options.learning_rate),
             )
         )
-        show(claims[-1])
+        reports.show(claims[-1])
     if "cost" in config.claims:
         claim, figure = cost(config)
         claims.append(claim)
-        show(claim)
+        reports.show(claim)
         (folder.path / "figures").mkdir(exist_ok=True)
         figure.savefig(folder.path / "figures" / "cost.png", dpi=120)
-    result = reports.Result("informer", _preset(config), config.data, tuple(claims))
+    result = reports.Result("informer", command_line.preset_name(config, PRESETS), config.data, tuple(claims))
     result.save(folder.path / "result.json")
     return result
-
-
-def show(claim: reports.Claim) -> None:
-    """Prints a claim's numbers."""
-    print(f"{claim.statement}  [{claim.verdict}]")
-    for heading in ("measured", "baselines", "published"):
-        for name, value in getattr(claim, heading).items():
-            print(f"  {heading:9}  {name}: {value}")
-    if claim.interval:
-        print(f"  interval   {claim.interval}")
-    print(f"  {claim.remark}")
-
-
-def _preset(config: Config) -> str:
-    bare = dataclasses.replace(config, data_dir=None)
-    return next((name for name, preset in PRESETS.items() if preset == bare), "own")
 
 
 if __name__ == "__main__":

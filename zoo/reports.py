@@ -65,6 +65,18 @@ class Result:
             temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n")
 
 
+def show(claim: Claim) -> None:
+    """Prints a claim's numbers and verdict."""
+    print(f"{claim.statement}  [{claim.verdict}]")
+    for heading in ("measured", "baselines", "published"):
+        for name, value in getattr(claim, heading).items():
+            print(f"  {heading:9}  {name}: {value}")
+    if claim.interval:
+        print(f"  interval   {claim.interval}")
+    if claim.remark:
+        print(f"  {claim.remark}")
+
+
 def load_result(path: str | os.PathLike[str]) -> Result:
     """Reads a record that `Result.save` wrote. Raises ValueError where the file is no such record."""
     try:

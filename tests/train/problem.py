@@ -121,7 +121,9 @@ def fit(folder, config=Config(), resume=False, transform=lambda batch: batch, st
         step or made.step, made.state, data, config.fit, run,
         mesh=made.mesh, evaluate=evaluate or made.evaluate, figures=figures,
     )  # fmt: skip
-    run.write_result({"best_step": result.best_step, "best_value": result.best_value, **result.evaluation})
+    if jax.process_index() == 0:
+        record = {"best_step": result.best_step, "best_value": result.best_value, **result.evaluation}
+        train.write_json(run.path / "result.json", record)
     return result
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: its config, results and where the rest goes."""
+"""A run's folder: its config, and where the rest goes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,11 +24,6 @@ class Run:
 
     path: pathlib.Path
     resume: bool
-
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json (numbers, strings, lists and mappings of them)."""
-        if jax.process_index() == 0:
-            write_json(self.path / "result.json", result)
 
 
 def open_run(path: str | os.PathLike, config: Any, *, resume: bool = False, force: bool = False) -> Run:
