@@ -18,8 +18,6 @@ What the published code does and the paper does not say, and what is therefore d
 - distilling has a batch norm;
 - the ETTm1 scripts give the network hourly marks, so that its time features are four, although its data are of 15
   minutes (freq="t" gives five).
-
-One difference of ours: batch norm's running variance is that of the batch, where PyTorch multiplies by n / (n - 1).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import attention, prob_sparse
+from zoo.layers.batch_norm import BatchNorm
 from zoo.layers.dropout import Dropout
 from zoo.layers.mlp import PLAIN
 from zoo.layers.norms import norm
@@ -312,7 +313,7 @@ class DecoderLayer(nn.Module):
 class Distil(nn.Module):
     """Halves the time axis: circular convolution, batch norm, ELU, max-pooling of width 3 and stride 2.
 
-    The paper has no batch norm, its code does. Running variances are of the batch, without PyTorch's n / (n - 1).
+    The paper has no batch norm, its code does.
     """
 
     init_std: float | None = None
@@ -327,11 +328,7 @@ class Distil(nn.Module):
         kernel_init = bound if self.init_std is None else nn.initializers.normal(self.init_std)
         bias_init = bound if self.init_std is None else nn.initializers.zeros_init()
         x = CircularConv(x.shape[-1], kernel_init, bias_init, **options, name="conv")(x)
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, **options, name="norm",
-            scale_init=partitioned(nn.initializers.ones_init(), "embed"),
-            bias_init=partitioned(nn.initializers.zeros_init(), "embed"),
-        )(x)  # fmt: skip
+        x = BatchNorm(**options, name="norm")(x, train)
         x = jnp.pad(nn.elu(x), ((0, 0), (1, 1), (0, 0)), constant_values=-jnp.inf)
         # Three strided slices: a windowed maximum's gradient is slow on a CPU.
         length = x.shape[1] - 2
