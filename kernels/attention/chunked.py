@@ -25,7 +25,7 @@ _LEAST_ROWS = 64  # of a tile; fewer make matrix products slow
 _MOST_SPANS = 8  # into which causal queries are cut; each is compiled apart
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """Consecutive blocks of queries whose tiles of logits have one shape."""
 
     start: int  # the first query
@@ -37,7 +37,7 @@ class _Span(NamedTuple):
     width: int  # keys in a tile
 
 
-def _spans(operands: Operands, options: Options) -> list[_Span]:
+def spans_of(operands: Operands, options: Options) -> list[Span]:
     """Cuts the queries so that tiles hold few keys that default positions exclude."""
     queries, heads = operands.query.shape[1:3]
     keys, key_heads = operands.key.shape[1:3]
@@ -59,12 +59,12 @@ def _spans(operands: Operands, options: Options) -> list[_Span]:
             rows = min(max(_TILE_ELEMENTS // (high - low), _LEAST_ROWS), most_rows)
             block = min(max(rows * key_heads // heads, 1), stop - start)
             width = high - low if left is None or right is None else min(high - low, left + block + right)
-            spans.append(_Span(start, block, (stop - start) // block, low, high, left or 0, width))
+            spans.append(Span(start, block, (stop - start) // block, low, high, left or 0, width))
             start += block * spans[-1].blocks
     return spans
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Where a tile of logits lies: a batch index, a key head, a block of queries and a range of keys.
 
     Its rows are the queries of the block, each in the heads that share the key head: row r is query r // group.
@@ -115,16 +115,16 @@ class _Tile(NamedTuple):
         )
 
 
-def _tile(span: _Span, index: jax.Array, block: jax.Array | int, operands: Operands) -> _Tile:
+def tile_of(span: Span, index: jax.Array, block: jax.Array | int, operands: Operands) -> Tile:
     """Tile number `block` of the span, for batch and key head number `index`."""
     heads, key_heads = operands.query.shape[2], operands.key.shape[2]
     query_start = span.start + block * span.block
     key_start = jnp.clip(query_start - span.left, span.low, span.high - span.width)
     batch, key_head = index // key_heads, index % key_heads
-    return _Tile(batch, key_head, heads // key_heads, query_start, span.block, key_start, span.width)
+    return Tile(batch, key_head, heads // key_heads, query_start, span.block, key_start, span.width)
 
 
-def _repeat(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, count: int) -> tuple[Any, Any]:
+def scan_blocks(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, count: int) -> tuple[Any, Any]:
     """`jax.lax.scan` over 0 .. count - 1, without a loop around a single step."""
     if count > 1:
         return jax.lax.scan(function, carry, jnp.arange(count))
@@ -132,7 +132,7 @@ def _repeat(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, count: 
     return carry, jax.tree.map(lambda x: x[None], out)
 
 
-def _head(array: jax.Array, tile_batch: jax.Array, key_head: jax.Array, key_heads: int) -> jax.Array:
+def head_of(array: jax.Array, tile_batch: jax.Array, key_head: jax.Array, key_heads: int) -> jax.Array:
     """(B, T, H, D) -> float32 (T, H // key_heads, D): the heads that share a key head."""
     group = array.shape[2] // key_heads
     sizes = (1, array.shape[1], group, array.shape[3])
@@ -145,8 +145,8 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(x, y, dimensions, precision="highest", preferred_element_type=jnp.float32)
 
 
-def _logits(
-    query: jax.Array, key: jax.Array, tile: _Tile, operands: Operands, options: Options
+def tile_logits(
+    query: jax.Array, key: jax.Array, tile: Tile, operands: Operands, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Logits (rows, width), NEGATIVE_INFINITY where masked, and the capped products before the bias.
 
@@ -185,7 +185,7 @@ def _logits(
     return (logits if mask is None else jnp.where(mask, logits, NEGATIVE_INFINITY)), capped
 
 
-def _dropout(weights: jax.Array, tile: _Tile, operands: Operands, options: Options) -> jax.Array:
+def _dropout(weights: jax.Array, tile: Tile, operands: Operands, options: Options) -> jax.Array:
     """Drops weights (rows, width) and scales what is kept."""
     if options.dropout_rate == 0 or operands.dropout_seed is None or operands.dropout_heads is None:
         return weights
@@ -201,17 +201,17 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
     if queries == 1:
         return _one_query(operands, options)
     group = heads // key_heads
-    spans = _spans(operands, options)
+    spans = spans_of(operands, options)
 
     def one_head(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         batch_index, key_head = index // key_heads, index % key_heads
-        query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
-        key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
-        value = _head(operands.value, batch_index, key_head, key_heads)[:, 0]
+        query = options.scale * head_of(operands.query, batch_index, key_head, key_heads)
+        key = head_of(operands.key, batch_index, key_head, key_heads)[:, 0]
+        value = head_of(operands.value, batch_index, key_head, key_heads)[:, 0]
 
-        def one_block(span: _Span, _: None, block: jax.Array | int) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            tile = _tile(span, index, block, operands)
-            logits = _logits(tile.queries(query), tile.keys(key), tile, operands, options)[0]
+        def one_block(span: Span, _: None, block: jax.Array | int) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            tile = tile_of(span, index, block, operands)
+            logits = tile_logits(tile.queries(query), tile.keys(key), tile, operands, options)[0]
             maximum = jnp.max(logits, axis=-1, keepdims=True)
             if operands.sinks is not None:
                 sinks = tile.heads(operands.sinks.astype(jnp.float32))
@@ -227,7 +227,7 @@ def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]
 
         parts = []
         for span in spans:
-            _, (out, logsumexp) = _repeat(partial(one_block, span), None, span.blocks)
+            _, (out, logsumexp) = scan_blocks(partial(one_block, span), None, span.blocks)
             parts.append((out.reshape(-1, group, value_width), logsumexp.reshape(-1, group)))
         outs, logsumexps = zip(*parts, strict=True)
         return jnp.concatenate(outs), jnp.concatenate(logsumexps)
@@ -280,7 +280,7 @@ def backward(
     batch, queries, heads, width = operands.query.shape
     keys, key_heads, value_width = operands.value.shape[1:]
     group = heads // key_heads
-    spans = _spans(operands, options)
+    spans = spans_of(operands, options)
 
     # With p = exp(logits - logsumexp) and d p = dropped(d_out . value): d logits = p (d p - sum(p d p) + d_logsumexp).
     # The sum is also that of out d_out, but `out` is rounded to its dtype, and the tile holds whole rows.
@@ -291,17 +291,17 @@ def backward(
 
     def one_head(d_bias: jax.Array | None, index: jax.Array) -> tuple[Any, Any]:
         batch_index, key_head = index // key_heads, index % key_heads
-        query = options.scale * _head(operands.query, batch_index, key_head, key_heads)
-        key = _head(operands.key, batch_index, key_head, key_heads)[:, 0]
-        value = _head(operands.value, batch_index, key_head, key_heads)[:, 0]
-        d_head = _head(d_out, batch_index, key_head, key_heads)
+        query = options.scale * head_of(operands.query, batch_index, key_head, key_heads)
+        key = head_of(operands.key, batch_index, key_head, key_heads)[:, 0]
+        value = head_of(operands.value, batch_index, key_head, key_heads)[:, 0]
+        d_head = head_of(d_out, batch_index, key_head, key_heads)
         d_row, row_logsumexp = (x[batch_index, key_head].T for x in (d_logsumexp, finite))
 
-        def one_block(span: _Span, carry: Any, block: jax.Array | int) -> tuple[Any, Any]:
+        def one_block(span: Span, carry: Any, block: jax.Array | int) -> tuple[Any, Any]:
             d_key, d_value, d_bias = carry
-            tile = _tile(span, index, block, operands)
+            tile = tile_of(span, index, block, operands)
             query_block, key_range, d_block = tile.queries(query), tile.keys(key), tile.queries(d_head)
-            logits, capped = _logits(query_block, key_range, tile, operands, options)
+            logits, capped = tile_logits(query_block, key_range, tile, operands, options)
             weights = jnp.exp(logits - tile.queries(row_logsumexp)[:, None])
             d_weights = _dropout(_dot(d_block, tile.keys(value), (1, 1)), tile, operands, options)
             delta = jnp.sum(weights * d_weights, axis=-1) - tile.queries(d_row)
@@ -323,7 +323,7 @@ def backward(
         carry = (jnp.zeros((width, keys)), jnp.zeros((value_width, keys)), d_bias)
         parts = []
         for span in spans:
-            carry, (d_query, delta) = _repeat(partial(one_block, span), carry, span.blocks)
+            carry, (d_query, delta) = scan_blocks(partial(one_block, span), carry, span.blocks)
             parts.append((d_query.reshape(-1, group, width), delta.reshape(-1, group)))
         d_key, d_value, d_bias = carry
         d_queries, deltas = map(jnp.concatenate, zip(*parts, strict=True))

@@ -25,7 +25,7 @@ from kernels.common import NEGATIVE_INFINITY, hash_uniform
 
 Index = jax.Array | int
 
-_LOG2E = 1 / math.log(2)
+LOG2E = 1 / math.log(2)
 _DECODE_ROWS = 64  # queries x heads a key head, up to which heads are folded into rows and keys are split
 _DECODE_PROGRAMS = 264  # two for each core of an H100
 
@@ -62,7 +62,7 @@ _BLOCKS: dict[tuple[str, int, int], Blocks] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What a kernel knows when it is traced."""
 
     options: Options
@@ -83,17 +83,20 @@ class _Plan:
 
     @property
     def row_blocks(self) -> int:
+        """Tiles that cover the rows."""
         return pl.cdiv(self.rows, self.blocks.rows)
 
     @property
     def key_blocks(self) -> int:
+        """Tiles that cover the keys."""
         return pl.cdiv(self.keys, self.blocks.keys)
 
 
-_WIDEST = max(width for _, _, width in _BLOCKS)
+WIDEST = max(width for _, _, width in _BLOCKS)
 
 
-def _plan(operands: Operands, options: Options, kernel: str, fold: int = 1) -> _Plan:
+def make_plan(operands: Operands, options: Options, kernel: str, fold: int = 1) -> Plan:
+    """Sizes of the tiles for `kernel`, "forward" or "backward"."""
     batch, rows, heads, width = operands.query.shape
     keys, key_heads, value_width = operands.value.shape[1:]
     widest = max(pl.next_power_of_2(max(width, value_width)), 64)
@@ -102,10 +105,10 @@ def _plan(operands: Operands, options: Options, kernel: str, fold: int = 1) -> _
         rows=min(blocks.rows, max(pl.next_power_of_2(rows), 16)),
         keys=min(blocks.keys, max(pl.next_power_of_2(keys), 16)),
     )
-    return _Plan(options, batch, rows, keys, heads, key_heads, fold, width, value_width, blocks)
+    return Plan(options, batch, rows, keys, heads, key_heads, fold, width, value_width, blocks)
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Where a tile of the logits lies: scalars inside a kernel."""
 
     batch: Index
@@ -116,14 +119,14 @@ class _Tile(NamedTuple):
 
 def forward(operands: Operands, *, options: Options, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Output (B, T, H, E) in the inputs' dtype and log-sum-exp (B, H, T) float32."""
-    if max(operands.query.shape[3], operands.value.shape[3]) > _WIDEST:  # no tile of such rows fits a core
+    if max(operands.query.shape[3], operands.value.shape[3]) > WIDEST:  # no tile of such rows fits a core
         return chunked.forward(operands, options)
-    dtype, operands = operands.query.dtype, _in_supported_dtype(operands)
+    dtype, operands = operands.query.dtype, in_supported_dtype(operands)
     _, queries, heads, _ = operands.query.shape
     group, splits = heads // operands.key.shape[2], 1
     decoding = queries * group <= _DECODE_ROWS
     rows = _fold(operands, group)._replace(sinks=None) if decoding else operands
-    plan = _plan(rows, options, "forward", fold=group if decoding else 1)
+    plan = make_plan(rows, options, "forward", fold=group if decoding else 1)
     if decoding:
         wanted = max(1, _DECODE_PROGRAMS // (plan.batch * plan.heads))
         splits = min(wanted, pl.cdiv(plan.key_blocks, 2))
@@ -136,7 +139,7 @@ def forward(operands: Operands, *, options: Options, interpret: bool) -> tuple[j
             jax.ShapeDtypeStruct(out_shape, jnp.float32 if decoding else operands.query.dtype),
             jax.ShapeDtypeStruct((splits, plan.batch, plan.heads, plan.rows), jnp.float32),
         ),
-        compiler_params=_compiler_params(plan),
+        compiler_params=compiler_params(plan),
         interpret=interpret,
         name="attention_gpu_forward",
     )(rows)
@@ -158,12 +161,12 @@ def backward(
     interpret: bool,
 ) -> Operands:
     """Gradients in the shapes and dtypes of the operands; None for integers and what is absent."""
-    if max(operands.query.shape[3], operands.value.shape[3]) > _WIDEST:
+    if max(operands.query.shape[3], operands.value.shape[3]) > WIDEST:
         return chunked.backward(operands, out, logsumexp, d_out, d_logsumexp, options=options)
-    dtype, operands = operands.query.dtype, _in_supported_dtype(operands)
-    plan = _plan(operands, options, "backward")
+    dtype, operands = operands.query.dtype, in_supported_dtype(operands)
+    plan = make_plan(operands, options, "backward")
     # A row that sees nothing has probabilities exp2(x - inf) = 0.
-    row_logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp * _LOG2E)
+    row_logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp * LOG2E)
     delta = jnp.einsum("bthe,bthe->bht", out.astype(jnp.float32), d_out.astype(jnp.float32)) - d_logsumexp
     residuals = _Residuals(d_out.astype(operands.query.dtype), row_logsumexp, delta, d_logsumexp)
     bias = operands.bias
@@ -171,7 +174,7 @@ def backward(
     def call(kernel: Any, name: str, grid: tuple[int, ...], out_shape: Any) -> Any:
         return pl.pallas_call(
             partial(kernel, plan=plan), grid=(math.prod(grid),), out_shape=out_shape,
-            compiler_params=_compiler_params(plan), interpret=interpret, name=f"attention_gpu_backward_{name}",
+            compiler_params=compiler_params(plan), interpret=interpret, name=f"attention_gpu_backward_{name}",
         )(operands, residuals)  # fmt: skip
 
     def like(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -214,7 +217,7 @@ def backward(
     return Operands(d_query, d_key, d_value, d_bias, d_sinks)
 
 
-def _in_supported_dtype(operands: Operands) -> Operands:
+def in_supported_dtype(operands: Operands) -> Operands:
     """float64 and floats of 8 bits become float32."""
     if operands.query.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         return operands
@@ -222,14 +225,15 @@ def _in_supported_dtype(operands: Operands) -> Operands:
     return operands._replace(query=query, key=key, value=value)
 
 
-def _compiler_params(plan: _Plan) -> plgpu.CompilerParams:
+def compiler_params(plan: Plan) -> plgpu.CompilerParams:
+    """How Triton runs the plan's tiles."""
     return plgpu.CompilerParams(num_warps=plan.blocks.warps, num_stages=plan.blocks.stages)
 
 
 # ------------------------------------------------------------------------------------------------- a tile of logits
 
 
-def _program(*sizes: int) -> list[jax.Array]:
+def program(*sizes: int) -> list[jax.Array]:
     """This program's place in a grid of these sizes, the last running fastest (CUDA limits all axes but the first)."""
     index, places = pl.program_id(0), []
     for size in reversed(sizes):
@@ -238,28 +242,30 @@ def _program(*sizes: int) -> list[jax.Array]:
     return places[::-1]
 
 
-def _range(first: Index, size: int) -> jax.Array:
+def index_range(first: Index, size: int) -> jax.Array:
+    """The integers first .. first + size - 1."""
     return first + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def _load_matrix(ref: Any, batch: Index, first: Index, size: int, head: Index, bounded: bool = True) -> jax.Array:
+def load_matrix(ref: Any, batch: Index, first: Index, size: int, head: Index, bounded: bool = True) -> jax.Array:
     """(size, width) of (B, time, heads, width), zero beyond its edges; the width is padded to a power of 2."""
     length, width = ref.shape[1], ref.shape[3]
     padded = max(pl.next_power_of_2(width), 16)
     mask = None
     if bounded and length % size:
-        mask = jnp.broadcast_to((_range(first, size) < length)[:, None], (size, padded))
+        mask = jnp.broadcast_to((index_range(first, size) < length)[:, None], (size, padded))
     if padded != width:
-        inside = jnp.broadcast_to((_range(0, padded) < width)[None], (size, padded))
+        inside = jnp.broadcast_to((index_range(0, padded) < width)[None], (size, padded))
         mask = inside if mask is None else mask & inside
     other = None if mask is None else 0.0
     return plgpu.load(ref.at[batch, pl.ds(first, size), head, pl.ds(0, padded)], mask=mask, other=other)
 
 
-def _store_matrix(ref: Any, places: tuple[Index, ...], first: Index, head: Index, value: jax.Array) -> None:
+def store_matrix(ref: Any, places: tuple[Index, ...], first: Index, head: Index, value: jax.Array) -> None:
+    """Writes (size, padded width) to (..., time, heads, width), within its edges."""
     length, _, width = ref.shape[-3:]
     size, padded = value.shape
-    mask = (_range(first, size) < length)[:, None] & (_range(0, padded) < width)[None]
+    mask = (index_range(first, size) < length)[:, None] & (index_range(0, padded) < width)[None]
     plgpu.store(ref.at[(*places, pl.ds(first, size), head, pl.ds(0, padded))], value.astype(ref.dtype), mask=mask)
 
 
@@ -268,64 +274,65 @@ def _shared(places: tuple[Index, ...], shape: tuple[int, ...]) -> tuple[Index, .
     return tuple(jnp.minimum(place, extent - 1) for place, extent in zip(places, shape, strict=False))
 
 
-def _load_vector(ref: Any, places: tuple[Index, ...], first: Index, size: int, other: float = 0) -> jax.Array:
+def load_vector(ref: Any, places: tuple[Index, ...], first: Index, size: int, other: float = 0) -> jax.Array:
     """(size,) along the last axis, `other` beyond its edge; an axis of size 1 is shared by all places."""
     places = _shared(places, ref.shape)
-    inside = _range(first, size) < ref.shape[-1]
+    inside = index_range(first, size) < ref.shape[-1]
     return plgpu.load(ref.at[(*places, pl.ds(first, size))], mask=inside, other=jnp.asarray(other, ref.dtype))
 
 
 def _store_vector(ref: Any, places: tuple[Index, ...], first: Index, value: jax.Array) -> None:
-    inside = _range(first, value.size) < ref.shape[-1]
+    inside = index_range(first, value.size) < ref.shape[-1]
     plgpu.store(ref.at[(*places, pl.ds(first, value.size))], value, mask=inside)
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+    """A matrix product over an axis of either side, summed in float32."""
     return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _logits(
-    refs: Operands, plan: _Plan, at: _Tile, query: jax.Array, key: jax.Array, masked: bool = True
+def tile_logits(
+    refs: Operands, plan: Plan, at: Tile, query: jax.Array, key: jax.Array, masked: bool = True
 ) -> tuple[jax.Array, jax.Array | float]:
     """A tile (rows, keys) of biased logits, -inf where masked, and the slope d logits / d (query . key)."""
-    product = _dot(query, key, (1, 1))
+    product = dot(query, key, (1, 1))
     cap, scale = plan.options.logit_softcap, plan.options.scale
     slope: jax.Array | float
     if cap is None:
-        logits, slope = product * (scale * _LOG2E), scale
+        logits, slope = product * (scale * LOG2E), scale
     else:
         tanh = jnp.tanh(product * (scale / cap))
-        logits, slope = tanh * (cap * _LOG2E), scale - scale * tanh * tanh
+        logits, slope = tanh * (cap * LOG2E), scale - scale * tanh * tanh
     if refs.bias is not None:
-        logits += _bias(refs.bias, plan, at).astype(jnp.float32) * _LOG2E
+        logits += _bias(refs.bias, plan, at).astype(jnp.float32) * LOG2E
     mask = _mask(refs, plan, at) if masked else None
     return logits if mask is None else jnp.where(mask, logits, -jnp.inf), slope
 
 
-def _bias(ref: Any, plan: _Plan, at: _Tile) -> jax.Array:
+def _bias(ref: Any, plan: Plan, at: Tile) -> jax.Array:
     """The bias of a tile, of a shape that broadcasts to it."""
     rows, keys = plan.blocks.rows, plan.blocks.keys
     batch, head, row, key = _shared((at.batch, at.head, at.first_row, at.first_key), ref.shape)
     if ref.shape[2] == 1 and ref.shape[3] == 1:
         return plgpu.load(ref.at[batch, head, row, key])
     if ref.shape[2] == 1:
-        return _load_vector(ref, (batch, head, row), key, keys)[None]
-    inside_rows = _range(row, rows) < ref.shape[2]
+        return load_vector(ref, (batch, head, row), key, keys)[None]
+    inside_rows = index_range(row, rows) < ref.shape[2]
     if ref.shape[3] == 1:
         return plgpu.load(ref.at[batch, head, pl.ds(row, rows), key], mask=inside_rows, other=0.0)[:, None]
-    inside = inside_rows[:, None] & (_range(key, keys) < ref.shape[3])[None]
+    inside = inside_rows[:, None] & (index_range(key, keys) < ref.shape[3])[None]
     return plgpu.load(ref.at[batch, head, pl.ds(row, rows), pl.ds(key, keys)], mask=inside, other=0.0)
 
 
-def _mask(refs: Operands, plan: _Plan, at: _Tile) -> jax.Array | None:
+def _mask(refs: Operands, plan: Plan, at: Tile) -> jax.Array | None:
     rows, keys = plan.blocks.rows, plan.blocks.keys
-    key_index = _range(at.first_key, keys)
+    key_index = index_range(at.first_key, keys)
 
     def of_rows(ref: Any) -> Any:
-        return None if ref is None else _load_vector(ref, (at.batch,), at.first_row, rows)[:, None]
+        return None if ref is None else load_vector(ref, (at.batch,), at.first_row, rows)[:, None]
 
     def of_keys(ref: Any) -> Any:
-        return None if ref is None else _load_vector(ref, (at.batch,), at.first_key, keys)[None]
+        return None if ref is None else load_vector(ref, (at.batch,), at.first_key, keys)[None]
 
     mask = visible(
         plan.options,
@@ -343,30 +350,30 @@ def _mask(refs: Operands, plan: _Plan, at: _Tile) -> jax.Array | None:
     return None if mask is None else jnp.broadcast_to(mask, (rows, keys))
 
 
-def _tokens(plan: _Plan, at: _Tile) -> jax.Array:
+def _tokens(plan: Plan, at: Tile) -> jax.Array:
     """(rows,) indices of the queries."""
-    row = _range(at.first_row, plan.blocks.rows)
+    row = index_range(at.first_row, plan.blocks.rows)
     return row if plan.fold == 1 else jax.lax.div(row, plan.fold)
 
 
-def _kept(refs: Any, plan: _Plan, at: _Tile) -> jax.Array:
+def _kept(refs: Any, plan: Plan, at: Tile) -> jax.Array:
     """The weights of a tile that dropout keeps."""
     head: Any = refs.dropout_heads[at.batch, at.head * plan.fold]
     if plan.fold > 1:
-        head += jax.lax.rem(_range(at.first_row, plan.blocks.rows), plan.fold)[:, None]
-    key_index = _range(at.first_key, plan.blocks.keys)
+        head += jax.lax.rem(index_range(at.first_row, plan.blocks.rows), plan.fold)[:, None]
+    key_index = index_range(at.first_key, plan.blocks.keys)
     uniform = hash_uniform(refs.dropout_seed[...], head, _tokens(plan, at)[:, None], key_index[None])
     return uniform >= plan.options.dropout_rate
 
 
-def _key_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Index, Index, Index]:
+def key_block_range(refs: Operands, plan: Plan, at: Tile) -> tuple[Index, Index, Index]:
     """Key blocks (first, unmasked, last) of a tile's rows: those in [unmasked, last) need a mask, none are beyond."""
     options, rows, keys = plan.options, plan.blocks.rows, plan.blocks.keys
     low = jax.lax.div(at.first_row, plan.fold)
     high = jax.lax.div(at.first_row + rows - 1, plan.fold)
     if refs.query_positions is not None:
-        positions = _load_vector(refs.query_positions, (at.batch,), at.first_row, rows)
-        inside = _range(at.first_row, rows) < plan.rows
+        positions = load_vector(refs.query_positions, (at.batch,), at.first_row, rows)
+        inside = index_range(at.first_row, rows) < plan.rows
         low = jnp.min(jnp.where(inside, positions, jnp.iinfo(jnp.int32).max))
         high = jnp.max(jnp.where(inside, positions, jnp.iinfo(jnp.int32).min))
     first: Index = 0
@@ -395,7 +402,7 @@ def _key_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Index, Index, I
     return first, jnp.clip(jax.lax.div(jnp.maximum(unmasked, 0), keys), first, last), last
 
 
-def _over_key_blocks(body: Any, ranges: tuple[Index, Index, Index], carry: Any) -> Any:
+def over_key_blocks(body: Any, ranges: tuple[Index, Index, Index], carry: Any) -> Any:
     """Runs body(block, carry, masked=...) over the key blocks, without a mask where none is needed."""
     first, unmasked, last = ranges
     if unmasked is not first:
@@ -406,31 +413,31 @@ def _over_key_blocks(body: Any, ranges: tuple[Index, Index, Index], carry: Any) 
 # ---------------------------------------------------------------------------------------------------------- forward
 
 
-def _forward_kernel(refs: Operands, out_ref: Any, logsumexp_ref: Any, *, plan: _Plan, splits: int) -> None:
+def _forward_kernel(refs: Operands, out_ref: Any, logsumexp_ref: Any, *, plan: Plan, splits: int) -> None:
     rows, keys = plan.blocks.rows, plan.blocks.keys
-    batch, head, split, row_block = _program(plan.batch, plan.heads, splits, plan.row_blocks)
+    batch, head, split, row_block = program(plan.batch, plan.heads, splits, plan.row_blocks)
     if plan.options.causal:
         row_block = plan.row_blocks - 1 - row_block  # the longest rows first: they would be the last to end
-    at = _Tile(batch, head, row_block * rows, 0)
+    at = Tile(batch, head, row_block * rows, 0)
     key_head = jax.lax.div(head, plan.group)
-    query = _load_matrix(refs.query, batch, at.first_row, rows, head)
+    query = load_matrix(refs.query, batch, at.first_row, rows, head)
 
     def body(block: jax.Array, carry: tuple[jax.Array, ...], masked: bool) -> tuple[jax.Array, ...]:
         maximum, denominator, total = carry
         here = at._replace(first_key=block * keys)
-        key = _load_matrix(refs.key, batch, here.first_key, keys, key_head, masked)
-        logits, _ = _logits(refs, plan, here, query, key, masked)
+        key = load_matrix(refs.key, batch, here.first_key, keys, key_head, masked)
+        logits, _ = tile_logits(refs, plan, here, query, key, masked)
         new_maximum = jnp.maximum(maximum, logits.max(axis=1))
         weights = jnp.exp2(logits - new_maximum[:, None])
         shrink = jnp.exp2(maximum - new_maximum)
         denominator = denominator * shrink + weights.sum(axis=1)
         if plan.options.dropout_rate > 0:
             weights = jnp.where(_kept(refs, plan, here), weights, 0.0)
-        value = _load_matrix(refs.value, batch, here.first_key, keys, key_head, masked)
-        total = total * shrink[:, None] + _dot(weights.astype(value.dtype), value)
+        value = load_matrix(refs.value, batch, here.first_key, keys, key_head, masked)
+        total = total * shrink[:, None] + dot(weights.astype(value.dtype), value)
         return new_maximum, denominator, total
 
-    first, unmasked, last = _key_blocks(refs, plan, at)
+    first, unmasked, last = key_block_range(refs, plan, at)
     if splits > 1:
         size = pl.cdiv(plan.key_blocks, splits)
         first, last = jnp.maximum(first, split * size), jnp.minimum(last, (split + 1) * size)
@@ -440,9 +447,9 @@ def _forward_kernel(refs: Operands, out_ref: Any, logsumexp_ref: Any, *, plan: _
         jnp.zeros((rows,), jnp.float32),
         jnp.zeros((rows, max(pl.next_power_of_2(plan.value_width), 16)), jnp.float32),
     )
-    maximum, denominator, total = _over_key_blocks(body, (first, unmasked, last), carry)
+    maximum, denominator, total = over_key_blocks(body, (first, unmasked, last), carry)
     if refs.sinks is not None:
-        sink = refs.sinks[head].astype(jnp.float32) * _LOG2E
+        sink = refs.sinks[head].astype(jnp.float32) * LOG2E
         new_maximum = jnp.maximum(maximum, sink)
         shrink = jnp.exp2(maximum - new_maximum)
         denominator = denominator * shrink + jnp.exp2(sink - new_maximum)
@@ -450,8 +457,8 @@ def _forward_kernel(refs: Operands, out_ref: Any, logsumexp_ref: Any, *, plan: _
     empty = denominator == 0
     denominator = jnp.where(empty, 1.0, denominator)
     out = total / (denominator * (1 - plan.options.dropout_rate))[:, None]
-    _store_matrix(out_ref, (split, batch), at.first_row, head, out)
-    logsumexp = jnp.where(empty, -jnp.inf, maximum / _LOG2E + jnp.log(denominator))
+    store_matrix(out_ref, (split, batch), at.first_row, head, out)
+    logsumexp = jnp.where(empty, -jnp.inf, maximum / LOG2E + jnp.log(denominator))
     _store_vector(logsumexp_ref, (split, batch, head), at.first_row, logsumexp)
 
 
@@ -520,13 +527,13 @@ class _RowTile(NamedTuple):
     delta: jax.Array
 
 
-def _load_rows(refs: Operands, residuals: _Residuals, plan: _Plan, at: _Tile) -> _RowTile:
+def _load_rows(refs: Operands, residuals: _Residuals, plan: Plan, at: Tile) -> _RowTile:
     rows, places = plan.blocks.rows, (at.batch, at.head)
     return _RowTile(
-        _load_matrix(refs.query, at.batch, at.first_row, rows, at.head),
-        _load_matrix(residuals.d_out, at.batch, at.first_row, rows, at.head),
-        _load_vector(residuals.logsumexp, places, at.first_row, rows, other=jnp.inf),
-        _load_vector(residuals.delta, places, at.first_row, rows),
+        load_matrix(refs.query, at.batch, at.first_row, rows, at.head),
+        load_matrix(residuals.d_out, at.batch, at.first_row, rows, at.head),
+        load_vector(residuals.logsumexp, places, at.first_row, rows, other=jnp.inf),
+        load_vector(residuals.delta, places, at.first_row, rows),
     )
 
 
@@ -541,11 +548,11 @@ class _Gradients(NamedTuple):
 
 
 def _gradients(
-    refs: Operands, plan: _Plan, at: _Tile, of_rows: _RowTile, key: jax.Array, value: jax.Array, masked: bool = True
+    refs: Operands, plan: Plan, at: Tile, of_rows: _RowTile, key: jax.Array, value: jax.Array, masked: bool = True
 ) -> _Gradients:
-    logits, slope = _logits(refs, plan, at, of_rows.query, key, masked)
+    logits, slope = tile_logits(refs, plan, at, of_rows.query, key, masked)
     probabilities = jnp.exp2(logits - of_rows.logsumexp[:, None])
-    d_probabilities = _dot(of_rows.d_out, value, (1, 1))
+    d_probabilities = dot(of_rows.d_out, value, (1, 1))
     weights = probabilities
     if plan.options.dropout_rate > 0:
         kept = _kept(refs, plan, at)
@@ -556,7 +563,7 @@ def _gradients(
 
 
 def _d_query_kernel(
-    refs: Operands, residuals: _Residuals, d_query_ref: Any, delta_ref: Any, d_bias_ref: Any, *, plan: _Plan
+    refs: Operands, residuals: _Residuals, d_query_ref: Any, delta_ref: Any, d_bias_ref: Any, *, plan: Plan
 ) -> None:
     """Gradient of the query; with `delta_ref`, also delta to float32 precision.
 
@@ -564,21 +571,21 @@ def _d_query_kernel(
     made with such a delta, what they lack is (exact delta - delta) * probabilities, which is known at the end.
     """
     rows, keys = plan.blocks.rows, plan.blocks.keys
-    batch, head, row_block = _program(plan.batch, plan.heads, plan.row_blocks)
+    batch, head, row_block = program(plan.batch, plan.heads, plan.row_blocks)
     if plan.options.causal:
         row_block = plan.row_blocks - 1 - row_block
-    at = _Tile(batch, head, row_block * rows, 0)
+    at = Tile(batch, head, row_block * rows, 0)
     key_head = jax.lax.div(head, plan.group)
     of_rows = _load_rows(refs, residuals, plan, at)
 
     def body(block: jax.Array, sums: dict[str, jax.Array], masked: bool) -> dict[str, jax.Array]:
         here = at._replace(first_key=block * keys)
-        key = _load_matrix(refs.key, batch, here.first_key, keys, key_head, masked)
-        value = _load_matrix(refs.value, batch, here.first_key, keys, key_head, masked)
+        key = load_matrix(refs.key, batch, here.first_key, keys, key_head, masked)
+        value = load_matrix(refs.value, batch, here.first_key, keys, key_head, masked)
         tile = _gradients(refs, plan, here, of_rows, key, value, masked)
-        new = {"d_query": _dot((tile.d_logits * tile.slope).astype(key.dtype), key)}
+        new = {"d_query": dot((tile.d_logits * tile.slope).astype(key.dtype), key)}
         if delta_ref is not None:
-            new["keys"] = _dot((tile.probabilities * tile.slope).astype(key.dtype), key)
+            new["keys"] = dot((tile.probabilities * tile.slope).astype(key.dtype), key)
             new["delta"] = (tile.probabilities * tile.d_probabilities).sum(axis=1)
         if d_bias_ref is not None:
             new["d_bias"], new["probability"] = tile.d_logits.sum(axis=1), tile.probabilities.sum(axis=1)
@@ -589,20 +596,20 @@ def _d_query_kernel(
         sums |= {"keys": sums["d_query"], "delta": jnp.zeros((rows,), jnp.float32)}
     if d_bias_ref is not None:
         sums |= {"d_bias": jnp.zeros((rows,), jnp.float32), "probability": jnp.zeros((rows,), jnp.float32)}
-    sums = _over_key_blocks(body, _key_blocks(refs, plan, at), sums)
+    sums = over_key_blocks(body, key_block_range(refs, plan, at), sums)
     d_query, correction = sums["d_query"], None
     if delta_ref is not None:
-        delta = sums["delta"] - _load_vector(residuals.d_logsumexp, (batch, head), at.first_row, rows)
+        delta = sums["delta"] - load_vector(residuals.d_logsumexp, (batch, head), at.first_row, rows)
         correction = delta - of_rows.delta
         d_query -= correction[:, None] * sums["keys"]
         _store_vector(delta_ref, (batch, head), at.first_row, delta)
-    _store_matrix(d_query_ref, (batch,), at.first_row, head, d_query)
+    store_matrix(d_query_ref, (batch,), at.first_row, head, d_query)
     if d_bias_ref is not None:
         d_bias = sums["d_bias"] if correction is None else sums["d_bias"] - correction * sums["probability"]
         _store_vector(d_bias_ref, (batch, head), at.first_row, d_bias)
 
 
-def _row_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Index, Index]:
+def row_block_range(refs: Operands, plan: Plan, at: Tile) -> tuple[Index, Index]:
     """Row blocks [first, last) of which some row may see some key of the tile."""
     options, rows, keys = plan.options, plan.blocks.rows, plan.blocks.keys
     first: Index = 0
@@ -623,14 +630,14 @@ def _row_blocks(refs: Operands, plan: _Plan, at: _Tile) -> tuple[Index, Index]:
 
 
 def _d_key_value_kernel(
-    refs: Operands, residuals: _Residuals, d_key_ref: Any, d_value_ref: Any, d_bias_ref: Any, *, plan: _Plan
+    refs: Operands, residuals: _Residuals, d_key_ref: Any, d_value_ref: Any, d_bias_ref: Any, *, plan: Plan
 ) -> None:
     rows, keys = plan.blocks.rows, plan.blocks.keys
-    batch, key_head, key_block = _program(plan.batch, plan.key_heads, plan.key_blocks)
-    at = _Tile(batch, key_head, 0, key_block * keys)
-    key = _load_matrix(refs.key, batch, at.first_key, keys, key_head)
-    value = _load_matrix(refs.value, batch, at.first_key, keys, key_head)
-    first, last = _row_blocks(refs, plan, at)
+    batch, key_head, key_block = program(plan.batch, plan.key_heads, plan.key_blocks)
+    at = Tile(batch, key_head, 0, key_block * keys)
+    key = load_matrix(refs.key, batch, at.first_key, keys, key_head)
+    value = load_matrix(refs.value, batch, at.first_key, keys, key_head)
+    first, last = row_block_range(refs, plan, at)
 
     def of_head(member: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         head = key_head * plan.group + member
@@ -640,8 +647,8 @@ def _d_key_value_kernel(
             here = at._replace(head=head, first_row=block * rows)
             of_rows = _load_rows(refs, residuals, plan, here)
             tile = _gradients(refs, plan, here, of_rows, key, value)
-            d_value += _dot(tile.weights.astype(key.dtype), of_rows.d_out, (0, 0))
-            d_key += _dot((tile.d_logits * tile.slope).astype(key.dtype), of_rows.query, (0, 0))
+            d_value += dot(tile.weights.astype(key.dtype), of_rows.d_out, (0, 0))
+            d_key += dot((tile.d_logits * tile.slope).astype(key.dtype), of_rows.query, (0, 0))
             if d_bias_ref is not None:
                 d_bias += tile.d_logits.sum(axis=0)
             return d_key, d_value, d_bias
@@ -653,30 +660,30 @@ def _d_key_value_kernel(
 
     carry = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     d_key, d_value = jax.lax.fori_loop(0, plan.group, of_head, carry)
-    _store_matrix(d_key_ref, (batch,), at.first_key, key_head, d_key)
+    store_matrix(d_key_ref, (batch,), at.first_key, key_head, d_key)
     d_value *= 1 / (1 - plan.options.dropout_rate)
-    _store_matrix(d_value_ref, (batch,), at.first_key, key_head, d_value)
+    store_matrix(d_value_ref, (batch,), at.first_key, key_head, d_value)
 
 
-def _d_bias_kernel(refs: Operands, residuals: _Residuals, d_bias_ref: Any, *, plan: _Plan) -> None:
+def _d_bias_kernel(refs: Operands, residuals: _Residuals, d_bias_ref: Any, *, plan: Plan) -> None:
     """A tile of the gradient of a bias that has both rows and keys, summed over the batch and heads that share it."""
     rows, keys = plan.blocks.rows, plan.blocks.keys
     batches, heads = d_bias_ref.shape[:2]
-    batch, head, row_block, key_block = _program(batches, heads, plan.row_blocks, plan.key_blocks)
+    batch, head, row_block, key_block = program(batches, heads, plan.row_blocks, plan.key_blocks)
     first_row, first_key = row_block * rows, key_block * keys
 
     def body(index: jax.Array, total: jax.Array) -> jax.Array:
-        at = _Tile(
+        at = Tile(
             batch if batches > 1 else jax.lax.div(index, 1 if heads > 1 else plan.heads),
             head if heads > 1 else jax.lax.rem(index, plan.heads),
             first_row, first_key,
         )  # fmt: skip
         key_head = jax.lax.div(at.head, plan.group)
-        key = _load_matrix(refs.key, at.batch, first_key, keys, key_head)
-        value = _load_matrix(refs.value, at.batch, first_key, keys, key_head)
+        key = load_matrix(refs.key, at.batch, first_key, keys, key_head)
+        value = load_matrix(refs.value, at.batch, first_key, keys, key_head)
         return total + _gradients(refs, plan, at, _load_rows(refs, residuals, plan, at), key, value).d_logits
 
     shared = (1 if batches > 1 else plan.batch) * (1 if heads > 1 else plan.heads)
     total = jax.lax.fori_loop(0, shared, body, jnp.zeros((rows, keys), jnp.float32))
-    inside = (_range(first_row, rows) < plan.rows)[:, None] & (_range(first_key, keys) < plan.keys)[None]
+    inside = (index_range(first_row, rows) < plan.rows)[:, None] & (index_range(first_key, keys) < plan.keys)[None]
     plgpu.store(d_bias_ref.at[batch, head, pl.ds(first_row, rows), pl.ds(first_key, keys)], total, mask=inside)

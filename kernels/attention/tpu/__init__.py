@@ -26,8 +26,9 @@ def forward(
     Returns:
       (B, T, H, E) in the query's dtype and float32 (B, H, T).
     """
-    dtype = operands.query.dtype
+    dtype, value_width = operands.query.dtype, operands.value.shape[3]
     operands = _in_supported_dtype(operands)
+    operands = operands._replace(value=_widen(operands.value))
     queries, heads, width = operands.query.shape[1:]
     group = heads // operands.key.shape[2]
     alike = operands.bias is None and options.dropout_rate == 0  # heads may share a block of rows
@@ -40,7 +41,7 @@ def forward(
     else:
         sinks = None if operands.sinks is None else operands.sinks.astype(jnp.float32)[:, None, None]
         out, logsumexp = forward_call(operands, sinks, options, interpret=interpret)
-    return out.astype(dtype), logsumexp
+    return out[..., :value_width].astype(dtype), logsumexp
 
 
 def backward(
@@ -63,7 +64,9 @@ def backward(
     """
     given = operands
     operands = _in_supported_dtype(operands)
-    residuals = (out.astype(operands.query.dtype), logsumexp, d_out.astype(operands.query.dtype), d_logsumexp)
+    operands = operands._replace(value=_widen(operands.value))
+    dtype = operands.query.dtype
+    residuals = (_widen(out.astype(dtype)), logsumexp, _widen(d_out.astype(dtype)), d_logsumexp)
     d_query, d_key, d_value = backward_call(operands, residuals, options, interpret=interpret)
     d_bias = d_sinks = None
     if operands.bias is not None:
@@ -75,7 +78,7 @@ def backward(
     return Operands(
         query=d_query.astype(given.query.dtype),
         key=d_key.astype(given.key.dtype),
-        value=d_value.astype(given.value.dtype),
+        value=d_value[..., : given.value.shape[3]].astype(given.value.dtype),
         bias=d_bias,
         sinks=d_sinks,
     )
@@ -86,6 +89,11 @@ def _in_supported_dtype(operands: Operands) -> Operands:
         return operands
     query, key, value = (x.astype(jnp.float32) for x in operands[:3])
     return operands._replace(query=query, key=key, value=value)
+
+
+def _widen(values: jax.Array) -> jax.Array:
+    """A second column beside a single one: a bfloat16 matrix times a vector is more than Pallas can lower."""
+    return jnp.pad(values, ((0, 0),) * 3 + ((0, 1),)) if values.shape[3] == 1 else values
 
 
 def _decode_grouped(
