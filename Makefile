@@ -27,6 +27,7 @@ bench: .venv/bench
 bench-kernels: .venv/bench
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.recurrent tpu
+	$(BIN)/python -m benchmarks.readout tpu
 
 # Every claim, minutes to hours each; then the page that sums them up. ETT is the folder of ETTh1.csv.
 ETT ?= ../shared/data/ett

@@ -5,8 +5,25 @@
 """
 
 from kernels.attention import attention
+from kernels.attention_readout import (
+    attention_entries,
+    attention_received,
+    attention_top_k,
+    calibrated_attention,
+)
 from kernels.delta_rule import delta_rule
 from kernels.linear_attention import linear_attention
 from kernels.prob_sparse import prob_sparse_attention
+from kernels.spanning_window import spanning_window_attention
 
-__all__ = ["attention", "delta_rule", "linear_attention", "prob_sparse_attention"]
+__all__ = [
+    "attention",
+    "attention_entries",
+    "attention_received",
+    "attention_top_k",
+    "calibrated_attention",
+    "delta_rule",
+    "linear_attention",
+    "prob_sparse_attention",
+    "spanning_window_attention",
+]

@@ -14,9 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels import common
 from kernels.attention import attention
+from kernels.attention_readout import attention_received, attention_top_k
 from kernels.delta_rule import delta_rule
 from kernels.linear_attention import linear_attention
 from kernels.prob_sparse import prob_sparse_attention, sample_keys
+from kernels.spanning_window import spanning_window_attention
 from tests.kernels import attention_cases, recurrent_cases
 from tests.kernels.attention_cases import Case
 from tests.kernels.compile import gradient, shape
@@ -139,6 +141,27 @@ def test_prob_sparse_on_a_mesh_equals_one_device_and_moves_no_operand():
 
     derive = jax.jit(gradient(lambda *a: prob_sparse(jax.random.key(1), *a).out, 3))
     assert all(size == 1 for _, size in moved(derive.lower(*arguments, table).compile().as_text()))
+
+
+def readout(query, key):
+    return attention_received(query, key, causal=True)[..., 0] + attention_top_k(query, key, 3)[0].sum((2, 3))[:, None]
+
+
+def spanning(query, key):
+    query, key = (x.reshape(x.shape[0], 6, 8, *x.shape[2:]) for x in (query, key))
+    return spanning_window_attention(query, key, query, window=2)
+
+
+@pytest.mark.parametrize("core", [readout, spanning])
+def test_cores_that_look_at_maps_on_a_mesh_equal_one_device_and_move_no_operand(core):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal((4, 48, 4, 8)), jnp.float32) for _ in range(2)]
+    function = jax.jit(gradient(lambda *a: jnp.sin(core(*a))))
+    expected = function(*arrays)
+    placed = [jax.device_put(array, NamedSharding(simulated(2, 2, 2), HEADS_CUT)) for array in arrays]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), function(*placed), expected)
+    program = function.lower(*placed).compile().as_text()
+    assert all(size == 1 for _, size in moved(program)), moved(program)  # the loss
 
 
 def recurrent_inputs(heads, key_heads):
