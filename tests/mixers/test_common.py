@@ -17,8 +17,13 @@ from zoo import mixers
 PIECES = (1, 5)  # numbers of tokens of one call: each is compiled once
 VALID = 7  # valid tokens of a padded sequence
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_bidirectional_case = pytest.mark.parametrize("case", [c for c in CASES if c.bidirectional], ids=str)
+
+def parameter(case: Case, *more):
+    return pytest.param(case, *more, marks=[pytest.mark.slow] if case.slow else [])
+
+
+every_case = pytest.mark.parametrize("case", [parameter(case) for case in CASES], ids=str)
+every_bidirectional_case = pytest.mark.parametrize("case", [parameter(c) for c in CASES if c.bidirectional], ids=str)
 few = settings(max_examples=6)
 splits = st.lists(st.sampled_from(PIECES), min_size=LENGTH, max_size=LENGTH)
 
@@ -65,8 +70,8 @@ def assert_close(actual, expected, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(actual) / scale, np.asarray(expected) / scale, rtol=0, atol=tolerance)
 
 
-def test_every_mixer_has_cases():
-    assert {case.mixer for case in CASES} == set(mixers.names())
+def test_every_mixer_has_quick_cases():
+    assert {case.mixer for case in CASES if not case.slow} == set(mixers.names())
 
 
 @every_case
@@ -230,7 +235,7 @@ def test_all_padding_gives_zeros_and_leaves_the_past_alone(case):
 
 @pytest.mark.parametrize(
     ("case", "causal"),
-    [(case, causal) for case in CASES for causal in (True, False) if causal or case.bidirectional],
+    [parameter(case, causal) for case in CASES for causal in (True, False) if causal or case.bidirectional],
     ids=str,
 )
 def test_gradients_are_finite_and_reach_every_parameter(case, causal):

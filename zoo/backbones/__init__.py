@@ -2,6 +2,7 @@
 
 from zoo.backbones.decoder_lm import DecoderConfig, DecoderLM, DecoderState
 from zoo.backbones.encoder import Encoder, EncoderConfig
+from zoo.backbones.generation import generate
 from zoo.backbones.vit import ViT, ViTConfig
 
-__all__ = ["DecoderConfig", "DecoderLM", "DecoderState", "Encoder", "EncoderConfig", "ViT", "ViTConfig"]
+__all__ = ["DecoderConfig", "DecoderLM", "DecoderState", "Encoder", "EncoderConfig", "ViT", "ViTConfig", "generate"]

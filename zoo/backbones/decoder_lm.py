@@ -55,6 +55,7 @@ class DecoderConfig(TransformerConfig):
       tie_embeddings: the head's matrix is the embedding's.
       embedding_scale: factor of the embeddings (Gemma: sqrt(features)).
       logit_softcap: c caps the vocabulary's logits to c tanh(logits / c) (Gemma 2), or None.
+      float32_residual: the residual stream is float32 also where the computation is not.
     """
 
     POSITIONS: ClassVar[tuple[str, ...]] = ("learned", "rotary", "none")
@@ -89,6 +90,7 @@ class DecoderConfig(TransformerConfig):
     tie_embeddings: bool = True
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    float32_residual: bool = False
     causal: bool = True
 
     def __post_init__(self):
@@ -191,6 +193,8 @@ class DecoderLM(nn.Module):
         _check_length(config, length)
 
         x = self.embed(tokens) * config.embedding_scale
+        if config.float32_residual:
+            x = x.astype(jnp.float32)
         if config.positions == "learned":
             x = x + self.positions(jnp.maximum(positions, 0))
         x = self.dropout(x, deterministic=deterministic)

@@ -36,9 +36,9 @@ class LinearAttention(RecurrentMixer):
       head_dim: width of a head's values; None is features / heads.
       feature_dim: width of its queries and keys before phi; None is head_dim.
       feature_map: phi; s stands for q . k / sqrt(feature_dim).
-        "identity"; "elu", elu(x) + 1; "relu" (Kasai et al. 2021);
+        "identity", phi(q) . phi(k) = s; "elu", elu(x) + 1; "relu" (Kasai et al. 2021);
         "square", [1, x, x^2 / sqrt(2)] of each feature by itself: Taylor's map without its cross terms;
-        "performer", exp(w x - |x|^2 / 2) / sqrt(m) for m = feature_dim fixed orthogonal rows w (Choromanski et al. 2021);
+        "performer", exp(w x - |x|^2 / 2) / sqrt(m), m = feature_dim fixed orthogonal rows w (Choromanski 2021);
         "cosformer", relu(x) [cos, sin] of pi t / (2 max_length) at position t (Qin et al. 2022);
         "taylor", phi(q) . phi(k) = 1 + s + s^2 / 2 (Arora et al. 2024, "Based").
       normalize: whether to divide; phi must then be positive, which "identity" and "square" are not.
@@ -94,11 +94,11 @@ class LinearAttention(RecurrentMixer):
         taylor = self.feature_map == "taylor"
         return linear_attention(
             query, key, value, state=state, feature_map="taylor" if taylor else "identity", normalize=normalize,
-            epsilon=self.epsilon, scale=None if taylor or not self.normalize else 1.0,
+            epsilon=self.epsilon, scale=None if taylor else 1.0,
         )  # fmt: skip
 
     def _attend_both_ways(self, query, key, value, there):
-        """The tokens before, those after, less the token itself that both count; v's sums and, with v = 1, the divisor's."""
+        """The tokens before and those after, less the token itself, which both count; v = 1 gives the divisor."""
         ones = jnp.ones((*value.shape[:3], 1), value.dtype) if there is None else there[:, :, None, None]
         value = jnp.concatenate([value, jnp.broadcast_to(ones, (*value.shape[:3], 1)).astype(value.dtype)], axis=-1)
         before, _ = self._attend(query, key, value, None, False)
@@ -107,16 +107,16 @@ class LinearAttention(RecurrentMixer):
         if self.feature_map == "taylor":
             own = own * query.shape[-1] ** -0.5
             own = 1 + own + own**2 / 2
-        elif not self.normalize:
-            own = own * query.shape[-1] ** -0.5
         sums = (before + after[:, ::-1]).astype(jnp.float32) - own[..., None] * value
         out = sums[..., :-1] / (sums[..., -1:] + self.epsilon) if self.normalize else sums[..., :-1]
         return out.astype(value.dtype)
 
     def _map(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """phi of (batch, time, heads, width); "taylor" is left to the kernel."""
-        if self.feature_map in ("identity", "taylor"):
+        if self.feature_map == "taylor":
             return x
+        if self.feature_map == "identity":
+            return x * x.shape[-1] ** -0.25
         if self.feature_map == "elu":
             return jax.nn.elu(x) + 1
         if self.feature_map == "relu":
@@ -143,9 +143,7 @@ class LinearAttention(RecurrentMixer):
             "cosformer": lambda d: 2 * d,
         }
         size = sizes.get(self.feature_map, lambda d: d)(width)
-        return LinearState(
-            empty_memory(batch_size, self.heads, size, value_width), jnp.zeros(batch_size, jnp.int32)
-        )
+        return LinearState(empty_memory(batch_size, self.heads, size, value_width), jnp.zeros(batch_size, jnp.int32))
 
 
 @cache

@@ -33,14 +33,12 @@ class RecurrentMixer(Mixer):
         if valid is None:
             return self.mix(x, state, None)
         order = jnp.argsort(~valid, axis=1, stable=True)
-        y, state = self.mix(
-            jnp.take_along_axis(x, order[..., None], axis=1), state, valid.sum(axis=1, dtype=jnp.int32)
-        )
+        y, state = self.mix(jnp.take_along_axis(x, order[..., None], axis=1), state, valid.sum(axis=1, dtype=jnp.int32))
         y = jnp.take_along_axis(y, jnp.argsort(order, axis=1)[..., None], axis=1)
         return jnp.where(valid[..., None], y, 0), state
 
     def mix(self, x: jax.Array, state: State | None, count: jax.Array | None) -> tuple[jax.Array, State | None]:
-        """Mixes tokens of which the first `count` (int32 (batch,), None is all) exist; others must not change the state.
+        """Mixes tokens, of which the first `count` exist (int32 (batch,), None is all); others leave the state alone.
 
         Outputs of those that do not exist are ignored.
         """
@@ -62,13 +60,13 @@ class RecurrentMixer(Mixer):
     @nn.nowrap
     def project(self, features: int, name: str, axis: str | None = "heads", **options: Any) -> nn.Dense:
         """A projection in, without a bias unless `options` say otherwise."""
-        chosen = {"use_bias": False, "kernel_init": self.kernel_init} | options
+        chosen: dict[str, Any] = {"use_bias": False, "kernel_init": self.kernel_init} | options
         return dense(features, ("embed", axis), dtype=self.dtype, param_dtype=self.param_dtype, name=name, **chosen)
 
     @nn.nowrap
     def project_out(self, **options: Any) -> nn.Dense:
         """The projection out, without a bias unless `options` say otherwise."""
-        chosen = {"use_bias": False, "kernel_init": self.out_init} | options
+        chosen: dict[str, Any] = {"use_bias": False, "kernel_init": self.out_init} | options
         return dense(
             self.features, ("heads", "embed"), dtype=self.dtype, param_dtype=self.param_dtype, name="out", **chosen
         )

@@ -91,6 +91,4 @@ class MultiScaleRetention(RecurrentMixer):
     @nn.nowrap
     def init_state(self, batch_size, length):
         """See `Mixer`."""
-        return RetentionState(
-            empty_memory(batch_size, self.heads, *self._widths), jnp.zeros(batch_size, jnp.int32)
-        )
+        return RetentionState(empty_memory(batch_size, self.heads, *self._widths), jnp.zeros(batch_size, jnp.int32))
