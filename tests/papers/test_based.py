@@ -10,6 +10,7 @@ import zoo
 from tests.parameters import random_parameters
 from zoo import mixers
 from zoo.backbones import generate, generation
+from zoo.compilation import compile_for
 from zoo.data.recall import IGNORED
 from zoo.papers import based
 from zoo.papers.based import Based, BasedConfig, BasedMQAR, MQARConfig
@@ -124,6 +125,24 @@ def test_the_residual_stream_is_float32_in_bfloat16():
 
     assert jax.eval_shape(forward).dtype == jnp.float32
     assert seen == {"layer_1": jnp.float32, "mixer": jnp.bfloat16}
+
+
+@pytest.mark.slow
+def test_the_program_for_an_accelerator_holds_its_kernels():
+    config = dataclasses.replace(BasedConfig(num_layers=3, linear_layers=(1,), window_layers=(2,)), vocab_size=256)
+    model = Based(config, dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 512), jnp.int32)))
+    for linear, softmax in (
+        ("linear_attention_tpu_forward", "attention_forward"),
+        ("linear_attention_gpu", "attention"),
+    ):
+        target = "tpu-v5e" if "tpu" in linear else "h100"
+        kernels = compile_for(
+            target, lambda variables, tokens: model.apply(variables, tokens)[0], variables, tokens
+        ).kernels
+        for name in (linear, softmax):
+            assert any(kernel.startswith(name) for kernel in kernels), (target, list(kernels))
 
 
 def test_a_window_layer_sees_half_its_size_back():
