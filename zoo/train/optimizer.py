@@ -41,6 +41,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     # Gradients with a larger global norm are scaled down to it.
     clip_norm: float | None = None
+    # Gradients are scaled down to this part of their parameters' norm, output by output (see `adaptive_clip`).
+    adaptive_clip: float | None = None
     # Micro-batches that a batch is cut into; their gradients are averaged into one update.
     accumulation_steps: int = 1
     # Evaluate with the average ema <- ema_decay ema + (1 - ema_decay) params.
@@ -61,6 +63,7 @@ class OptimizerConfig:
             "eps": (self.eps > 0, "positive"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "None or positive"),
+            "adaptive_clip": (self.adaptive_clip is None or self.adaptive_clip > 0, "None or positive"),
             "accumulation_steps": (self.accumulation_steps >= 1, "at least 1"),
             "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "None or in (0, 1)"),
         }
@@ -98,6 +101,7 @@ def build_optimizer(config: OptimizerConfig, total_steps: int, steps_per_epoch: 
     schedule = learning_rate_schedule(config, total_steps, steps_per_epoch)
     decay = optax.add_decayed_weights(config.weight_decay, mask=_has_two_axes) if config.weight_decay else None
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else None
+    adaptive = adaptive_clip(config.adaptive_clip) if config.adaptive_clip is not None else None
     scale = {
         "adam": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps),
         "adamw": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -105,10 +109,37 @@ def build_optimizer(config: OptimizerConfig, total_steps: int, steps_per_epoch: 
         "sgd": lambda: optax.trace(config.b1),
     }[config.name]()
     # Weight decay as a term of the gradient comes before the momentum, decoupled decay after the scaling.
-    chain = [clip, decay, scale] if config.name == "sgd" else [clip, scale, decay]
+    chain = [clip, adaptive, decay, scale] if config.name == "sgd" else [clip, adaptive, scale, decay]
     chain.append(optax.scale_by_learning_rate(schedule))
     transformation = optax.chain(*(part for part in chain if part is not None))
     return Optimizer(transformation, schedule, config.accumulation_steps, config.ema_decay)
+
+
+def adaptive_clip(factor: float, eps: float = 1e-3) -> optax.GradientTransformation:
+    """Adaptive gradient clipping (Brock et al. 2021, NFNets, eq. 3): gradients relative to their parameters.
+
+    The gradient of each output unit, all axes but the last of an array (for vectors the whole), is scaled down to a norm
+    of `factor` times that of its parameters, and those count as at least `eps`.
+
+    Args:
+      factor: largest ratio of the norms.
+      eps: lower bound of a parameter's norm.
+    """
+
+    def norm(x: jax.Array) -> jax.Array:
+        axes = tuple(range(x.ndim - 1)) if x.ndim > 1 else None
+        return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+    def clip(gradient: jax.Array, param: jax.Array) -> jax.Array:
+        largest, size = factor * jnp.maximum(norm(param), eps), norm(gradient)
+        return jnp.where(size > largest, gradient * (largest / jnp.maximum(size, 1e-6)), gradient)
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        if params is None:
+            raise ValueError("adaptive_clip needs the parameters: call update(gradient, state, params)")
+        return jax.tree.map(clip, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def learning_rate_schedule(

@@ -1,0 +1,83 @@
+"""A learned bias of attention that depends on how far apart two pixels are, as in LeViT (Graham et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.layers.partitioning import partitioned
+
+
+class OffsetBias(nn.Module):
+    """One number a head and distance (|dy|, |dx|) on a grid of pixels.
+
+    Parameter: `table`, (rows * columns, heads), zero at first; row |dy| * columns + |dx|.
+
+    Fields:
+      heads: of the attention.
+      grid: (rows, columns) for which the table is made.
+    """
+
+    heads: int
+    grid: tuple[int, int]
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """The table."""
+        init = partitioned(nn.initializers.zeros_init(), None, "heads")
+        self.table = self.param("table", init, (self.grid[0] * self.grid[1], self.heads), self.param_dtype)
+
+    def __call__(self, grid: tuple[int, int]) -> jax.Array:
+        """The bias (heads, N, N) of the N pixels of a grid, row by row.
+
+        On another grid than the table's, the image is taken to be the same one seen more finely or coarsely: distances
+        are scaled by the ratio of the two, and the table is interpolated linearly between them.
+        """
+        table = self.table
+        if grid != self.grid:
+            table = table.reshape(*self.grid, self.heads)
+            for axis, (new, old) in enumerate(zip(grid, self.grid, strict=True)):
+                table = jnp.moveaxis(jnp.tensordot(_between(new, old), table, (1, axis)), 0, axis)
+            table = table.reshape(-1, self.heads)
+        return jnp.moveaxis(table[offset_index(grid)], -1, 0)
+
+
+def offset_index(grid: tuple[int, int]) -> np.ndarray:
+    """int32 (N, N): the row of a table of distances that belongs to each pair of the grid's N pixels."""
+    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    dy, dx = (np.abs(np.subtract.outer(axis, axis)) for axis in (rows, columns))
+    return (dy * grid[1] + dx).astype(np.int32)
+
+
+def _between(new: int, old: int) -> np.ndarray:
+    """float32 (new, old): weights that interpolate a function of distances 0 .. old - 1 at new places."""
+    places = np.minimum(np.arange(new) * old / new, old - 1)
+    return np.maximum(1 - np.abs(np.subtract.outer(places, np.arange(old))), 0).astype(np.float32)
+
+
+def resize_bicubic(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Cubic convolution along one axis (Keys 1981 with a = -0.75), as PyTorch's bicubic resize without antialiasing.
+
+    Args:
+      x: any array.
+      size: the axis' new length; samples lie in the middle of their cells (align_corners False), edges are repeated.
+      axis: which.
+    """
+    old = x.shape[axis]
+    if size == old:
+        return x
+    places = (np.arange(size) + 0.5) * old / size - 0.5
+    first = np.floor(places).astype(int)
+    fraction, a = places - first, -0.75
+    total = jnp.zeros((), x.dtype)
+    for tap in (-1, 0, 1, 2):
+        d = np.abs(fraction - tap)
+        weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
+        shape = [size if i == axis % x.ndim else 1 for i in range(x.ndim)]
+        part = jnp.take(x, np.clip(first + tap, 0, old - 1), axis=axis)
+        total += part * jnp.asarray(weight.reshape(shape), x.dtype)
+    return total
