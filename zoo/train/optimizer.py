@@ -118,8 +118,8 @@ def build_optimizer(config: OptimizerConfig, total_steps: int, steps_per_epoch: 
 def adaptive_clip(factor: float, eps: float = 1e-3) -> optax.GradientTransformation:
     """Adaptive gradient clipping (Brock et al. 2021, NFNets, eq. 3): gradients relative to their parameters.
 
-    The gradient of each output unit, all axes but the last of an array (for vectors the whole), is scaled down to a norm
-    of `factor` times that of its parameters, and those count as at least `eps`.
+    The gradient of each output unit (all axes but the last; a vector as a whole) is scaled down to a norm of
+    `factor` times that of its parameters, which count as at least `eps`.
 
     Args:
       factor: largest ratio of the norms.

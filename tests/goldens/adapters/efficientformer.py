@@ -33,7 +33,7 @@ def adapter(variant: str, overrides: Mapping[str, Any], inputs: Arrays, state_di
 def _network(variant: str, overrides: Mapping[str, Any], inputs: Arrays, state_dict: Arrays) -> dict[str, np.ndarray]:
     images = inputs["image"]
     options = dict(overrides)
-    model = zoo.create(variant, **options)
+    model: Any = zoo.create(variant, **options)
     if isinstance(model, efficientformer.EfficientFormer):  # what the arrays show, where a case does not spell it out
         options.setdefault("num_classes", state_dict["head.weight"].shape[0])
         options.setdefault("distillation", "dist_head.weight" in state_dict)
@@ -134,4 +134,7 @@ def _slimming_step(inputs: Arrays, tau: float = 1.0) -> dict[str, np.ndarray]:
     }
 
 
-_ALGORITHMS = {"algorithm.adaptive_gradient_clip": _clip, "algorithm.latency_slimming_step": _slimming_step}
+_ALGORITHMS: dict[str, Any] = {
+    "algorithm.adaptive_gradient_clip": _clip,
+    "algorithm.latency_slimming_step": _slimming_step,
+}

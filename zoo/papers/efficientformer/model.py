@@ -154,11 +154,15 @@ class Attention(nn.Module):
             bias = resize_bicubic(resize_bicubic(table(self.grid), tokens, 1), tokens, 2)
         else:
             bias = table(grid)
-        return attention(query, key, value, bias=bias[None]).reshape(batch, tokens, -1)
+        out: Any = attention(query, key, value, bias=bias[None])
+        return out.reshape(batch, tokens, -1)
 
 
 class Meta3D(nn.Module):
-    """A block on tokens (MB3D), a Transformer's with layer scale: x = x + s1 attention(norm(x)); x = x + s2 mlp(norm(x))."""
+    """A block on tokens (MB3D), a Transformer's with layer scales.
+
+    x = x + s1 attention(norm(x));  x = x + s2 mlp(norm(x)).
+    """
 
     config: EfficientFormerConfig
     grid: tuple[int, int]
@@ -172,7 +176,7 @@ class Meta3D(nn.Module):
         """(B, N, C) tokens of a `grid` to the same shape."""
         config, width = self.config, x.shape[-1]
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        linear = partial(ConvNorm, kernel_init=_LINEAR_INIT, bias_init=_ZEROS, norm=False, **options)
+        linear: Any = partial(ConvNorm, kernel_init=_LINEAR_INIT, bias_init=_ZEROS, norm=False, **options)
         normalise = partial(norm, "layer", epsilon=1e-5, **options)
         drop = DropPath(self.drop_path)
         y = Attention(config, self.grid, self.dense, **options, name="attention")(normalise(name="norm1")(x), grid)
@@ -223,7 +227,7 @@ class Trunk(nn.Module):
                 x = ConvNorm(
                     config.widths[stage], 3, stride=2, axes=("embed", "mlp"), **options, name=f"down_{stage - 1}"
                 )(x, train)  # fmt: skip
-            grid = x.shape[1:3]
+            grid = (x.shape[1], x.shape[2])
             for index in range(depth):
                 rate, name = config.drop_path_rate * count / last, f"stage_{stage}_block_{index}"
                 if index < depth - config.token_blocks(stage):
@@ -332,7 +336,7 @@ def example_inputs(config: EfficientFormerConfig, batch_size: int) -> dict[str, 
 def example_targets(config: EfficientFormerConfig, batch_size: int) -> dict[str, np.ndarray]:
     """`labels`, (B,) int32, and with distillation the teacher's logits (B, num_classes)."""
     rng = np.random.default_rng(1)
-    targets = {"labels": rng.integers(0, config.num_classes, batch_size).astype(np.int32)}
+    targets: dict[str, np.ndarray] = {"labels": rng.integers(0, config.num_classes, batch_size).astype(np.int32)}
     if config.distillation:
         targets["teacher"] = rng.standard_normal((batch_size, config.num_classes), dtype=np.float32)
     return targets

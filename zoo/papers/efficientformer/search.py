@@ -41,7 +41,7 @@ def stage_of_blocks(config: EfficientFormerConfig) -> np.ndarray:
     return np.repeat(np.arange(4), config.depths)
 
 
-def mixing_weights(alpha: jax.Array, noise: jax.Array, stage: np.ndarray, tau: float) -> jax.Array:
+def mixing_weights(alpha: Any, noise: Any, stage: np.ndarray, tau: float) -> jax.Array:
     """Weights of each block's paths, softmax((alpha + noise) / tau) over those it has.
 
     Args:
@@ -137,7 +137,7 @@ class Supernet(nn.Module):
                 y = weight[MB4D] * Meta4D(config, **options, name=f"{name}_4d")(x, train) + weight[IDENTITY] * x
                 if stage >= 2:
                     block = Meta3D(config, config.grid(stage), **options, name=f"{name}_3d")
-                    tokens = block(x.reshape(shape[0], -1, shape[-1]), shape[1:3], train)
+                    tokens = block(x.reshape(shape[0], -1, shape[-1]), (shape[1], shape[2]), train)
                     y += weight[MB3D] * tokens.reshape(shape)
                 x = narrowed(y, stage)
         x = norm("layer", epsilon=1e-5, **options, name="norm")(x.reshape(x.shape[0], -1, x.shape[-1])).mean(axis=1)
@@ -166,10 +166,14 @@ class SubNetwork:
     def config(self, largest: EfficientFormerConfig) -> EfficientFormerConfig:
         """The network of its own that it is: identities left out."""
         stage, paths = stage_of_blocks(largest), np.asarray(self.paths)
-        depths = [int(np.sum((stage == s) & (paths != IDENTITY))) for s in range(4)]
+        first, second, third, fourth = (int(np.sum((stage == s) & (paths != IDENTITY))) for s in range(4))
         tokens = [int(np.sum((stage == s) & (paths == MB3D))) for s in range(4)]
         return dataclasses.replace(
-            largest, depths=tuple(depths), widths=self.widths, vit_num=tokens[3], stage3_vit_num=tokens[2]
+            largest,
+            depths=(first, second, third, fourth),
+            widths=self.widths,
+            vit_num=tokens[3],
+            stage3_vit_num=tokens[2],
         )
 
     def weights(self) -> np.ndarray:
@@ -321,5 +325,5 @@ def _apply(action: Action, network: SubNetwork, importance: np.ndarray, stage: n
     if not narrowable:
         return None
     least = min(narrowable, key=lambda s: sums[s])
-    widths = tuple(width - STEP * (s == least) for s, width in enumerate(network.widths))
-    return dataclasses.replace(network, widths=widths)
+    first, second, third, fourth = (width - STEP * (s == least) for s, width in enumerate(network.widths))
+    return dataclasses.replace(network, widths=(first, second, third, fourth))
