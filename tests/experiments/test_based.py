@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from experiments import based
+from tests.parameters import random_parameters
 from zoo import mixers, reports
-from zoo.papers.based import Based
+from zoo.data.recall import IGNORED
+from zoo.papers.based import Based, BasedMQAR, MQARConfig, recall_loss
 
 SMOKE = based.PRESETS["smoke"]
 
@@ -52,7 +54,21 @@ def test_batches_keep_segments_apart():
     segments = (based.Segment(16, 2, 10), based.Segment(32, 4, 9))
     found = based.segment_batches(segments, 64, 4, seed=1)
     assert [batch["tokens"].shape for batch in found] == [(4, 16), (4, 16), (4, 32), (4, 32)]
-    assert all((batch["labels"] >= 0).sum() == 4 * pairs for batch, pairs in zip(found, (2, 2, 4, 4), strict=True))
+    for batch, pairs in zip(found, (2, 2, 4, 4), strict=True):
+        assert batch["places"].shape == batch["answers"].shape == (4, 4)
+        assert (batch["answers"] >= 0).sum() == 4 * pairs
+
+
+def test_the_loss_of_answers_is_the_published_loss():
+    batch = based.segment_batches((based.Segment(16, 3, 5), based.Segment(16, 4, 5)), 32, 5, seed=1)[0]
+    labels = np.full((5, 16), IGNORED)
+    row, column = np.nonzero(batch["answers"] >= 0)
+    labels[row, batch["places"][row, column]] = batch["answers"][row, column]
+    model = BasedMQAR(MQARConfig(vocab_size=32, d_model=8, mixers=("BaseConv",)))
+    params = random_parameters(model, batch["tokens"])["params"]
+    ours, (_, metrics) = based.loss_of_answers(model)(params, {}, batch, {}, True)
+    whole, (_, expected) = recall_loss(model)(params, {}, {"tokens": batch["tokens"], "labels": labels}, {}, True)
+    np.testing.assert_allclose([ours, metrics["accuracy"]], [whole, expected["accuracy"]], rtol=1e-5)
 
 
 def test_a_filled_state_has_seen_its_tokens():

@@ -371,42 +371,57 @@ class BasedMQAR(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        """Names of parameters: see the class's docstring."""
+        config = self.config
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = nn.initializers.normal(0.02)
+        embed = partial(nn.Embed, features=config.d_model, **options)
+        self.embed = embed(num_embeddings=config.vocab_size, embedding_init=partitioned(init, "vocab", "embed"))
+        if config.max_position_embeddings:
+            rows = config.max_position_embeddings
+            self.positions = embed(num_embeddings=rows, embedding_init=partitioned(init, None, "embed"))
+        layer_norm = partial(norm, "layer", epsilon=1e-5, **options)
+        self.norm1 = [layer_norm(name=f"layer_{index}_norm1") for index in range(config.n_layers)]
+        self.mixer = [
+            config.make_mixer(index, name=f"layer_{index}_mixer", **options) for index in range(config.n_layers)
+        ]
+        self.norm2 = [layer_norm(name=f"layer_{index}_norm2") for index in range(config.n_layers)]
+        self.norm = layer_norm()
+
     def __call__(self, tokens: jax.Array, state: MQARState | None = None) -> tuple[jax.Array, MQARState | None]:
         """Logits (batch, time, vocab_size) at each of the tokens (batch, time), and the next state.
 
         Raises:
           ValueError, TypeError: the tokens' shape or dtype is wrong, or there are more than positions.
         """
+        x, state = self.hidden(tokens, state)
+        return self.logits(x), state
+
+    def hidden(self, tokens: jax.Array, state: MQARState | None = None) -> tuple[jax.Array, MQARState | None]:
+        """What the head sees: (batch, time, d_model), and the next state; see `__call__`."""
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise TypeError(f"tokens must be integers (batch, time), got {tokens.dtype} {tokens.shape}")
         if 0 < config.max_position_embeddings < tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the {config.max_position_embeddings} positions")
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = nn.initializers.normal(0.02)
-        embed = partial(nn.Embed, features=config.d_model, **options)
-        table = embed(
-            num_embeddings=config.vocab_size, embedding_init=partitioned(init, "vocab", "embed"), name="embed"
-        )
-        x = table(tokens)
+        x = self.embed(tokens)
         length = jnp.zeros(tokens.shape[0], jnp.int32) if state is None else state.length
         if config.max_position_embeddings:
-            rows = config.max_position_embeddings
-            positions = embed(num_embeddings=rows, embedding_init=partitioned(init, None, "embed"), name="positions")
-            x = x + positions(length[:, None] + jnp.arange(tokens.shape[1]))
+            x = x + self.positions(length[:, None] + jnp.arange(tokens.shape[1]))
         states = []
-        layer_norm = partial(norm, "layer", epsilon=1e-5, **options)
         for index in range(config.n_layers):
-            mixer = config.make_mixer(index, name=f"layer_{index}_mixer", **options)
             past = None if state is None else state.layers[index]
-            y, past = mixer(layer_norm(name=f"layer_{index}_norm1")(x), past)
+            y, past = self.mixer[index](self.norm1[index](x), past)
             x = x + y
-            x = x + layer_norm(name=f"layer_{index}_norm2")(x)
+            x = x + self.norm2[index](x)
             states.append(past)
-        x = layer_norm(name="norm")(x)
-        logits = jnp.einsum("btf,vf->btv", x, table.embedding.astype(x.dtype), preferred_element_type=jnp.float32)
-        return logits, None if state is None else MQARState(length + tokens.shape[1], tuple(states))
+        return self.norm(x), None if state is None else MQARState(length + tokens.shape[1], tuple(states))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The head: (..., d_model) to float32 (..., vocab_size)."""
+        embedding = self.embed.embedding.astype(x.dtype)
+        return jnp.einsum("...f,vf->...v", x, embedding, preferred_element_type=jnp.float32)
 
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> MQARState:
