@@ -1,4 +1,4 @@
-"""Multi-query associative recall (Arora et al. 2023, "Zoology"): which value came with this key?"""
+"""Tasks that ask for what came before: associative recall, needles in a haystack, induction, copying."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def mqar(
     power: float = 0.01,
     random_blanks: bool = False,
 ) -> Recall:
-    """k_1 v_1 ... k_n v_n, then at the gap g that each key draws from p(g) ~ g^(power - 1) the key again.
+    """Multi-query associative recall (Arora et al. 2023, "Zoology"): which value came with this key?
+
+    k_1 v_1 ... k_n v_n, then at the gap g that each key draws from p(g) ~ g^(power - 1) the key again.
 
     Bit by bit what the published generator gives for the same seed (numpy's legacy generator; keys, values, gaps, each
     row by row). With `random_blanks` the published code draws from another library's unseeded generator; so do we, from
@@ -69,3 +71,86 @@ def mqar(
         blank = tokens == 0
         tokens[blank] = np.random.default_rng(seed).integers(0, vocab_size, blank.sum())
     return Recall(tokens, labels)
+
+
+def needle(seed: int, examples: int, length: int, needles: int = 4, vocab_size: int = 256) -> Recall:
+    """Pairs hidden in a haystack, of which one is asked for at the end: ... 0 k v ... 0 k' v' ... 1 k -> v.
+
+    Args:
+      seed: of all draws.
+      examples: rows.
+      length: tokens of a row, at least 4 needles + 2.
+      needles: pairs, each behind the mark 0, at random places.
+      vocab_size: keys are of 2 .. V / 4 - 1, none twice in a row, values of V / 4 .. V / 2 - 1, hay of V / 2 .. V - 1.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    if needles < 1 or length < 4 * needles + 2 or vocab_size // 4 < needles + 2 or examples < 1:
+        raise ValueError(
+            f"length must be at least 4 needles + 2 and a quarter of vocab_size at least needles + 2, got length "
+            f"{length}, {needles} needles, vocab_size {vocab_size}, {examples} examples"
+        )
+    random = np.random.default_rng(seed)
+    quarter, half = vocab_size // 4, vocab_size // 2
+    tokens = random.integers(half, vocab_size, (examples, length))
+    keys = 2 + np.argsort(random.random((examples, quarter - 2)), axis=1)[:, :needles]
+    values = random.integers(quarter, half, (examples, needles))
+    # Places in a row without the needles' other two tokens: sorted, they do not overlap once those are put back.
+    room = length - 2 - 2 * needles
+    places = np.sort(np.argsort(random.random((examples, room)), axis=1)[:, :needles], axis=1) + 2 * np.arange(needles)
+    for offset, part in enumerate((np.zeros_like(keys), keys, values)):
+        np.put_along_axis(tokens, places + offset, part, axis=1)
+    row, asked = np.arange(examples), random.integers(0, needles, examples)
+    tokens[:, -2], tokens[:, -1] = 1, keys[row, asked]
+    labels = np.full((examples, length), IGNORED)
+    labels[:, -1] = values[row, asked]
+    return Recall(tokens.astype(np.int32), labels.astype(np.int32))
+
+
+def induction(seed: int, examples: int, length: int, vocab_size: int = 16) -> Recall:
+    """A mark 0 once among random tokens, and again at the end: what came after it (Gu and Dao 2023, "Mamba").
+
+    Args:
+      seed: of all draws.
+      examples: rows.
+      length: tokens of a row, at least 3.
+      vocab_size: random tokens are of 1 .. vocab_size - 1.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    if length < 3 or vocab_size < 3 or examples < 1:
+        raise ValueError(
+            f"length and vocab_size must be at least 3, got {length} and {vocab_size} ({examples} examples)"
+        )
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, vocab_size, (examples, length))
+    row, place = np.arange(examples), random.integers(0, length - 2, examples)
+    tokens[row, place] = tokens[:, -1] = 0
+    labels = np.full((examples, length), IGNORED)
+    labels[:, -1] = tokens[row, place + 1]
+    return Recall(tokens.astype(np.int32), labels.astype(np.int32))
+
+
+def copying(seed: int, examples: int, length: int, vocab_size: int = 16) -> Recall:
+    """x_1 ... x_n 0 x_1 ... x_(n-1), n = length / 2: from the mark 0 on, each next token is asked for.
+
+    Args:
+      seed: of all draws.
+      examples: rows.
+      length: tokens of a row, even.
+      vocab_size: tokens are of 1 .. vocab_size - 1.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    if length < 2 or length % 2 or vocab_size < 3 or examples < 1:
+        raise ValueError(
+            f"length must be even, vocab_size at least 3, got {length} and {vocab_size} ({examples} examples)"
+        )
+    half = length // 2
+    text = np.random.default_rng(seed).integers(1, vocab_size, (examples, half))
+    tokens = np.concatenate([text, np.zeros((examples, 1), int), text[:, :-1]], axis=1)
+    labels = np.concatenate([np.full((examples, half), IGNORED), text], axis=1)
+    return Recall(tokens.astype(np.int32), labels.astype(np.int32))
