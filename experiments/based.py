@@ -291,8 +291,8 @@ def recall(laboratory: Laboratory) -> tuple[reports.Claim, Figure]:
         f"{sum(segment.examples for segment in config.train)} examples, {config.epochs} epochs, learning rate "
         f"{', '.join(f'{rate:.2g}' for rate in config.learning_rates)}. Bounds: Based at most "
         f"{CLOSE} below attention and better with more features; windows and convolution at most {FAR}. "
-        "A training that has not begun to recall when its learning rate runs out stays at chance among the values seen; "
-        "as published, of each model the best training counts.",
+        "A training that has not begun to recall when its learning rate runs out guesses among the values seen; as "
+        "published, of each model the best training counts.",
     )
     return claim, recall_figure(laboratory)
 
@@ -324,8 +324,8 @@ def features(laboratory: Laboratory) -> reports.Claim:
         seeds=config.seeds,
         baselines={f"{name}: accuracy": values for name, values in others.items()}
         | {f"{name}: bytes of state": laboratory.state_bytes(name) for name in others},
-        remark="Linear attention with a divisor, one head, as many features a key as Taylor's map of 16 channels has. Of each map "
-        "the best training counts.",
+        remark="Linear attention with a divisor, one head, as many features a key as Taylor's map of 16 channels has. "
+        "Of each map the best training counts.",
     )
 
 

@@ -106,7 +106,7 @@ PRESETS = {
     "cpu": Config(),
     # Seconds: every path once.
     "smoke": Config(
-        mixers=("softmax", "gla"), tasks=("mqar", "needle", "language"), widths=(16, 8), heads=2, length=18, pairs=2,
+        mixers=("softmax", "gla"), tasks=("mqar", "language"), widths=(16,), heads=2, length=16, pairs=2,
         test_multiples=(1, 2), test_examples=8, batch_size=8, steps=2, seeds=(1,), cost=Cost((16, 32), 1),
     ),
     # Sizes at which differences are stable, for an accelerator.
@@ -214,7 +214,10 @@ def rows(task: Task, config: Config, text: Text, seed: int, examples: int, lengt
         return Recall(windows[:, :-1], windows[:, 1:])
     if task == "mqar":
         return mqar(seed, examples, length, config.pairs, vocab_size=length + 2)
-    return {"needle": needle, "copying": copying, "induction": induction}[task](seed, examples, length)
+    generators: dict[Task, Callable[[int, int, int], Recall]] = {
+        "needle": needle, "copying": copying, "induction": induction,
+    }  # fmt: skip
+    return generators[task](seed, examples, length)
 
 
 def loss_of(model: DecoderLM) -> Callable:
@@ -249,7 +252,7 @@ class Trainer:
         )  # fmt: skip
         self.mesh = train.make_mesh(train.MeshConfig(data=1))
         self.evaluation_step = train.make_evaluation_step(loss_of(model))
-        self.train_step: Callable | None = None
+        self.train_step: Callable[..., Any] | None = None
 
     def fit(self, task: Task, seed: int, run: train.Run) -> dict[str, float]:
         """Trains from scratch; accuracy at each test's length, and for "language" bits a byte."""
@@ -258,8 +261,8 @@ class Trainer:
         state = train.init_sharded(
             lambda rng: self.model.init(rng, tokens), self.optimizer, jax.random.key(seed), self.mesh
         )
-        step = self.train_step or train.make_train_step(loss_of(self.model), self.optimizer, state)
-        self.train_step = step
+        if self.train_step is None:
+            self.train_step = train.make_train_step(loss_of(self.model), self.optimizer, state)
 
         def batch(index: int) -> dict[str, np.ndarray]:
             number = 1_000_000 * seed + index
@@ -286,7 +289,7 @@ class Trainer:
         fit_config = train.FitConfig(
             steps=config.steps, log_every=min(50, config.steps), evaluate_every=config.steps, keep_checkpoints=1
         )
-        return train.fit(step, state, data, fit_config, run, mesh=self.mesh, evaluate=evaluate).evaluation
+        return train.fit(self.train_step, state, data, fit_config, run, mesh=self.mesh, evaluate=evaluate).evaluation
 
 
 # ------------------------------------------------------------------------------------------------------------- cost
