@@ -45,7 +45,7 @@ BYTES = 256  # one vocabulary for all tasks, so that a network compiles once
 class Cost:
     """Where speed and memory are measured, one sequence."""
 
-    # Tokens.
+    # Tokens; none: nothing is measured.
     lengths: tuple[int, ...] = (128, 512, 2048)
     # Timings of each; the median counts.
     repetitions: int = 5
@@ -76,7 +76,7 @@ class Config:
     test_multiples: tuple[int, ...] = (1, 2, 4, 8)
     # Rows of a test.
     test_examples: int = 128
-    # Key and value pairs of "mqar", whose alphabet is as large as a row is long.
+    # Key and value pairs of "mqar", whose alphabet is two tokens larger than a row is long.
     pairs: int = 8
     # Rows a step.
     batch_size: int = 32
@@ -88,8 +88,8 @@ class Config:
     seeds: tuple[int, ...] = (1, 2)
     # A folder with .txt files for "language"; default the text that comes with Python.
     data_dir: pathlib.Path | None = None
-    # Where speed is measured; None: not.
-    cost: Cost | None = Cost()
+    # Where speed and memory are measured.
+    cost: Cost = Cost()
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "length", "pairs", "batch_size", "steps", "test_examples"):
@@ -363,13 +363,13 @@ def table(found: list[Row], config: Config) -> list[list[str]]:
     """Heading and rows: means, and standard deviations over seeds where there are several."""
     headings = columns(config)
     lines = [["mixer", "width", "parameters", "state bytes", *headings]]
-    if config.cost is not None:
+    if config.cost.lengths:
         lines[0] += [f"{what} us/token at {config.cost.lengths[-1]}" for what in ("read", "decode")]
     for row in found:
         line = [row.mixer, str(row.width), f"{row.parameters:,}", f"{row.state_bytes:,}"]
         for name in headings.values():
             line.append(spread(row.scores[name]) if name in row.scores else "")
-        if config.cost is not None:
+        if config.cost.lengths:
             line += [f"{row.cost[what][-1]:.0f}" if row.cost else "" for what in ("read", "decode")]
         lines.append(line)
     return lines
@@ -445,7 +445,7 @@ def figures(found: list[Row], config: Config) -> dict[str, Figure]:
     for task in config.tasks:
         if task != "mqar":
             drawn[f"{task}_length"] = length_figure(found, config, task)
-    if config.cost is not None:
+    if config.cost.lengths:
         drawn["cost_length"] = cost_figure(found, config.cost)
     return drawn
 
@@ -475,7 +475,7 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
                 one = train.open_run(path, config, resume=resume, force=force)
                 for name, value in trainer.fit(task, seed, one).items():
                     row.scores.setdefault(f"{task} {name}", []).append(value)
-        if config.cost is not None and is_first:
+        if config.cost.lengths and is_first:
             row.cost = cost_of(model, config.cost)
         found.append(row)
         print(markdown(table([row], config)), flush=True)
