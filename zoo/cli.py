@@ -34,7 +34,7 @@ class List:
             entry = registry.model(name)
             count = entry.variant.parameters
             table.add_row(
-                name, entry.paper.title, f"{count:,}" if count is not None else "", entry.variant.checkpoint or ""
+                name, entry.paper.title, f"{count:,}" if count is not None else "", str(entry.variant.checkpoint or "")
             )
         Console().print(table)
 

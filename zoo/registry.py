@@ -25,7 +25,7 @@ from zoo.errors import unknown
 if TYPE_CHECKING:
     import flax.linen as nn
 
-    from zoo.weights import Rule
+    from zoo.weights import PackagedFile, Rule
 
 Fidelity = Literal["official code", "library code", "reconstruction"]
 ModuleClass = TypeVar("ModuleClass", bound=type)
@@ -67,13 +67,13 @@ class Variant:
       id: the name users say.
       config: a frozen dataclass.
       parameters: number of trainable parameters of the published code, or None where it is not known.
-      checkpoint: where the authors' weights are, "hf://organisation/repository/file", or None.
+      checkpoint: where the authors' weights are: "hf://organisation/repository/file", a file inside a package, or None.
     """
 
     id: str
     config: Any
     parameters: int | None = None
-    checkpoint: str | None = None
+    checkpoint: str | PackagedFile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +244,8 @@ def load_weights(id: str, source: Any = None, **overrides: Any) -> dict[str, Any
     source = entry.variant.checkpoint if source is None else source
     if source is None:
         raise ValueError(f"no checkpoint of {id} is published; give a source")
+    if isinstance(source, weights.PackagedFile):
+        source = source.path()
     if entry.weight_rules is None:
         raise ValueError(f"{id} has no published parameter names to load from")
     module = entry.build(overrides)

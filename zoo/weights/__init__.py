@@ -7,10 +7,12 @@ writes variables for `load` to read back; `to_published` gives them their publis
 from zoo.weights.errors import WeightsFileError
 from zoo.weights.loading import abstract_variables, load, save
 from zoo.weights.names import NameMapError, Rule, Transform, convert, layer, to_published, under, vector
+from zoo.weights.packages import PackagedFile
 from zoo.weights.readers import read
 
 __all__ = [
     "NameMapError",
+    "PackagedFile",
     "Rule",
     "Transform",
     "WeightsFileError",
