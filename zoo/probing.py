@@ -143,6 +143,8 @@ class _Recorder:
             x, *rest = arguments
             out, state = call(self.visit(f"resid_pre.{layer}", x), *rest, **options)
             return self.visit(f"resid_post.{layer}", out), state
+        if method == "between" and inside == ():
+            return self.visit(f"resid_mid.{layer}", call(*arguments, **options))
         if inside == ("mixer",):
             if method == "attend":
                 return self._attend(context.module, layer, call, arguments, options)

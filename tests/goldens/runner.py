@@ -110,7 +110,9 @@ def _cut(outputs: dict[str, Any], wanted: dict[str, np.ndarray]) -> dict[str, np
             values, axis = value
             if name in wanted and wanted[name].ndim > axis:
                 length = wanted[name].shape[axis]
-                chosen = slice(0, length) if isinstance(value, Prefix) else slice(max(values.shape[axis] - length, 0), None)
+                chosen = (
+                    slice(0, length) if isinstance(value, Prefix) else slice(max(values.shape[axis] - length, 0), None)
+                )
                 values = values[(slice(None),) * axis + (chosen,)]
             value = values
         cut[name] = value

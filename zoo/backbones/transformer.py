@@ -193,11 +193,15 @@ class Block(nn.Module):
 
         if config.norm_position == "pre":
             y, state = mixer(norm1(x), state, valid=valid, deterministic=deterministic)
-            x = x + branch(y)
+            x = self.between(x + branch(y))
             return x + branch(mlp(norm2(x))), state
         y, state = mixer(x, state, valid=valid, deterministic=deterministic)
-        x = norm1(x + branch(y))
+        x = self.between(norm1(x + branch(y)))
         return norm2(x + branch(mlp(x))), state
+
+    def between(self, x: jax.Array) -> jax.Array:
+        """The residual stream between the two branches, as it is: a place where `zoo.probe` reads and patches."""
+        return x
 
 
 def make_blocks(config: TransformerConfig, dtype: Any, param_dtype: Any) -> list[Block]:

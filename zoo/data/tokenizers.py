@@ -77,6 +77,13 @@ class ByteLevelTokenizer:
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise WeightsFileError(f"{path} has a damaged tokenizer: {error!r}") from None
 
+    @staticmethod
+    def byte_alphabet() -> list[str]:
+        """The 256 characters that stand for bytes: the smallest vocabulary that takes any text."""
+        import tokenizers
+
+        return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; names of special tokens in it become these tokens. None is added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoo
-from kernels.attention_readout import column_sums
+from kernels.attention_readout import attention_entries
 from tests.goldens.runner import Prefix, Suffix
 from zoo.backbones import generate, load_smollm2
 from zoo.backbones.checkpoints import MINILM_L6_V2
@@ -101,11 +101,16 @@ def _family(variant, overrides, inputs, state_dict) -> dict[str, Any]:
         outputs = {name: jnp.where(valid[..., None], value, 0) for name, value in outputs.items()}
         pattern = jnp.where(valid[:, None, :, None], pattern, 0)
     outputs["attn_last"] = pattern
-    # As many as the position table has room for.
-    room = (model.config.max_length or tokens.shape[1] + _GENERATED) - tokens.shape[1]
-    generated = generate(model, variables, tokens, min(_GENERATED, room), valid=valid) if room > 0 else tokens[:, :0]
     outputs = {name: np.asarray(value) for name, value in outputs.items()}
-    return outputs | {"generated": Prefix(np.asarray(generated), axis=1)}
+    return outputs | {"generated": Prefix(_generated(model, variables, tokens, valid), axis=1)}
+
+
+def _generated(model, variables, tokens, valid, length: int = _GENERATED) -> np.ndarray:
+    """Greedy tokens, as many as the table of positions has room for."""
+    room = (model.config.max_length or tokens.shape[1] + length) - tokens.shape[1]
+    if room < 1:
+        return np.zeros((len(tokens), 0), np.int32)
+    return np.asarray(generate(model, variables, tokens, min(length, room), valid=valid).tokens)
 
 
 @cache
@@ -141,12 +146,12 @@ def _likelihoods(model, variables, tokens, text: str) -> dict[str, np.ndarray]:
     def run(variables, tokens):
         names = [f"{name}.{layer}" for layer in layers for name in ("q", "k")]
         found = probe(model, variables, {"tokens": tokens}, names)
-        groups = model.config.heads // model.config.key_heads
+        column = jnp.zeros((1, 1), jnp.int32)
 
         def to_first(layer: int) -> jax.Array:
-            query, key = (found.sites[f"{name}.{layer}"][0] for name in ("q", "k"))
-            received = column_sums(query[None], key[None], causal=True, first_query=first)
-            return received[0, :, 0] / (tokens.shape[1] - first)
+            query, key = (found.sites[f"{name}.{layer}"] for name in ("q", "k"))
+            entries = attention_entries(query, key, columns=column, causal=True)  # (1, heads, queries, 1)
+            return entries[0, :, first:, 0].mean(axis=1)
 
         return found.logits, jnp.stack([to_first(layer) for layer in layers])
 
@@ -172,7 +177,7 @@ def _inside(model, variables, tokens, inputs) -> dict[str, Any]:
         # A case holds all tokens of a residual stream, or the last ones.
         outputs[f"resid_after_block_{layer}"] = Suffix(np.asarray(found.sites[f"resid_post.{layer}"][0]), axis=0)
         outputs[f"attn_l{layer}_last_query"] = np.asarray(found.sites[f"pattern.{layer}"][0, :, -1])
-    outputs["generated"] = Prefix(np.asarray(generate(model, variables, tokens, 32))[0], axis=0)
+    outputs["generated"] = Prefix(_generated(model, variables, tokens, None, 32)[0], axis=0)
     return outputs
 
 
