@@ -65,7 +65,7 @@ def tiny() -> PretrainedLM:
         "smollm2_135m", vocab_size=256, features=16, layers=2, heads=2, key_heads=1, mlp_features=32
     )
     model = DecoderLM(config)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    variables: Any = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     alphabet = ByteLevelTokenizer.byte_alphabet()
     return PretrainedLM(model, variables, ByteLevelTokenizer(alphabet, []))
 

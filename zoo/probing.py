@@ -37,6 +37,7 @@ import jax.numpy as jnp
 
 from zoo.backbones.decoder_lm import DecoderLM
 from zoo.errors import unknown
+from zoo.layers.mlp import GATED
 from zoo.mixers.softmax import SoftmaxAttention
 
 Patch = Callable[[jax.Array], jax.Array] | jax.Array | float
@@ -96,7 +97,7 @@ def probe(
     for name in patch:
         if name.startswith("scores."):
             raise ValueError(f"{name} can be read only: patch pattern, or q and k")
-    recorder = _Recorder(frozenset(read), patch)
+    recorder = _Recorder(frozenset(read), patch, gated=model.config.mlp in GATED)
     with nn.intercept_methods(recorder.intercept):
         logits, state = model.apply(variables, **inputs)
     return Probe(logits, state, {name: recorder.found[name] for name in read})
@@ -105,8 +106,8 @@ def probe(
 class _Recorder:
     """Intercepts the calls of one application."""
 
-    def __init__(self, read: frozenset[str], patch: dict[str, Patch]) -> None:
-        self.read, self.patch = read, patch
+    def __init__(self, read: frozenset[str], patch: dict[str, Patch], gated: bool) -> None:
+        self.read, self.patch, self.gated = read, patch, gated
         self.found: dict[str, jax.Array] = {}
 
     def wants(self, *names: str) -> bool:
@@ -146,7 +147,7 @@ class _Recorder:
         if method == "between" and inside == ():
             return self.visit(f"resid_mid.{layer}", call(*arguments, **options))
         if inside == ("mixer",):
-            if method == "attend":
+            if method == "attend" and isinstance(context.module, SoftmaxAttention):
                 return self._attend(context.module, layer, call, arguments, options)
             if method == "__call__":
                 out, state = call(*arguments, **options)
@@ -165,7 +166,7 @@ class _Recorder:
             return self.visit(f"mlp_norm.{layer}", call(*arguments, **options))
         if inside == ("mlp",):
             return self.visit(f"mlp_out.{layer}", call(*arguments, **options))
-        gated = "gate" in context.module.parent.variables.get("params", {}) if inside[:1] == ("mlp",) else False
+        gated = inside[:1] == ("mlp",) and self.gated
         if inside == ("mlp", "gate" if gated else "up"):
             return self.visit(f"mlp_pre.{layer}", call(*arguments, **options))
         if inside == ("mlp", "down"):
@@ -317,7 +318,8 @@ def logit_lens(model: DecoderLM, variables: Mapping[str, Any], inputs: Mapping[s
     def read_out(module: DecoderLM, x: jax.Array) -> jax.Array:
         return module.logits(module.norm(x) if module.config.norm_position == "pre" else x)
 
-    return jnp.stack([model.apply(variables, found[name], method=read_out) for name in names])
+    rows: list[Any] = [model.apply(variables, found[name], method=read_out) for name in names]
+    return jnp.stack(rows)
 
 
 def direct_logit_attribution(

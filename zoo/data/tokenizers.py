@@ -6,7 +6,7 @@ What the `tokenizers` library computes; here its parts are put together from wha
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class ByteLevelTokenizer:
         """Token ids of a text; names of special tokens in it become these tokens. None is added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special ones included; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
