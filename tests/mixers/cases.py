@@ -71,4 +71,11 @@ CASES = [
     Case("gated_deltanet", "plain", {"heads": 2}, bidirectional=False),
     Case("gated_convolution", "plain", {}, bidirectional=False),
     Case("base_convolution", "plain", {}, bidirectional=False),
+    Case("pavlovian", "hebb", {"heads": 2, "rule": "hebb"}, bidirectional=False),
+    Case(
+        "pavlovian",
+        "every_rule",
+        {"heads": 8, "rule": ("hebb", "oja", "trace", "bcm", "hebb_decay", "gated_delta", "delta", "gated_oja")},
+        bidirectional=False,
+    ),
 ]

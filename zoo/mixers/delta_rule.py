@@ -17,6 +17,7 @@ from zoo.mixers.recurrent import (
     check_batch_size,
     log_uniform_rate_init,
     time_step_bias_init,
+    unit_length,
     zero_where_missing,
 )
 
@@ -74,7 +75,7 @@ class DeltaNet(RecurrentMixer):
             convolve = self.convolution(self.heads * features, f"{name}_convolution", kernel_size=self.kernel_size)
             array, pasts[name] = convolve(projected, None if state is None else getattr(state, name), count)
             arrays[name] = self.split_heads(array)
-        query, key, value = _unit(arrays["query"]), _unit(arrays["key"]), arrays["value"]
+        query, key, value = unit_length(arrays["query"]), unit_length(arrays["key"]), arrays["value"]
         beta = jax.nn.sigmoid(self.project(self.heads, "beta")(x).astype(jnp.float32))
         out, memory = delta_rule(
             query, key, value, zero_where_missing(beta, count), decay=self._decay(x, count),
@@ -128,9 +129,3 @@ class GatedDeltaNet(DeltaNet):
     def _normalized(self, x, out):
         gate = self.split_heads(self.project(self.heads * self._widths[1], "gate")(x))
         return GatedRMSNorm(self.norm_epsilon, dtype=out.dtype, param_dtype=self.param_dtype, name="norm")(out, gate)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """x at length 1, along the last axis."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)

@@ -133,3 +133,9 @@ def log_uniform_rate_init(low: float, high: float) -> Callable:
         return jnp.log(jax.random.uniform(key, shape, minval=max(low, 1e-6), maxval=high)).astype(dtype)
 
     return init
+
+
+def unit_length(x: jax.Array) -> jax.Array:
+    """x at length 1, along the last axis."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
