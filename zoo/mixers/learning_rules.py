@@ -6,7 +6,7 @@ stimulus of a test; each rule is one of 60 years of animal learning, and each is
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def learning_rule(
     if valid is not None:
         beta = jnp.where(valid[..., None], beta, 0)
         decay = decay if decay is None else jnp.where(valid[..., None], decay, 0)
-    options = {"decay": decay, "scale": 1.0, "implementation": implementation}
+    options: Any = {"decay": decay, "scale": 1.0, "implementation": implementation}
 
     if rule in ("delta", "gated_delta"):
         y, memory = delta_rule(query, key, value, beta, state=memory, **options)

@@ -77,13 +77,16 @@ class PavlovianAttention(RecurrentMixer):
         """Queries, keys and values (batch, time, heads, width), the mixer's output, and the next state."""
         if state is None:
             state = self.init_state(x.shape[0], x.shape[1])
-        parts, pasts = [], []
-        for name, past in zip(("query", "key", "value"), state[:3], strict=True):
+
+        def convolved(name: str, past: jax.Array) -> tuple[jax.Array, jax.Array]:
             part = self.project(self.features, name)(x)
             part, past = self.convolution(self.features, f"{name}_convolution")(part, past, count)
-            parts.append(self.split_heads(part))
-            pasts.append(past)
-        query, key, value = unit_length(parts[0]), unit_length(parts[1]), parts[2]
+            return self.split_heads(part), past
+
+        query, query_past = convolved("query", state.query)
+        key, key_past = convolved("key", state.key)
+        value, value_past = convolved("value", state.value)
+        query, key = unit_length(query), unit_length(key)
         beta = nn.sigmoid(self.project(self.heads, "step", None, use_bias=True)(x).astype(jnp.float32))
         gamma = jnp.ones_like(beta)
         if set(self.rules) & set(FORGETTING):
@@ -93,8 +96,8 @@ class PavlovianAttention(RecurrentMixer):
         for rule in dict.fromkeys(self.rules):
             own = np.array([head for head, other in enumerate(self.rules) if other == rule])
             out, memory = learning_rule(
-                rule, *(part[:, :, own] for part in (query, key, value, beta, gamma)),
-                RuleState(*(part[:, own] for part in state.rules)), trace_decay=self.trace_decay,
+                rule, query[:, :, own], key[:, :, own], value[:, :, own], beta[:, :, own], gamma[:, :, own],
+                jax.tree.map(lambda part, own=own: part[:, own], state.rules), trace_decay=self.trace_decay,
                 threshold_rate=self.threshold_rate, valid=exists(x, count),
             )  # fmt: skip
             answers.append(out)
@@ -107,7 +110,7 @@ class PavlovianAttention(RecurrentMixer):
             "rms", epsilon=self.norm_epsilon, axis=None, dtype=self.dtype, param_dtype=self.param_dtype, name="norm"
         )
         y = self.project_out()(out_norm(out).reshape(*x.shape[:2], -1))
-        return query, key, value, y, PavlovianState(*pasts, rules)
+        return query, key, value, y, PavlovianState(query_past, key_past, value_past, rules)
 
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> PavlovianState:

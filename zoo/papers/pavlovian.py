@@ -131,7 +131,7 @@ def schedule(protocol: str, trials_per_phase: int) -> tuple[np.ndarray, np.ndarr
         for row, compound in zip(rows, phase.compounds, strict=True):
             row[list(compound)] = 1
         presented.append(np.tile(rows, (trials_per_phase, 1)))
-        outcomes.append(np.tile(np.float32(phase.outcomes), trials_per_phase))
+        outcomes.append(np.tile(np.array(phase.outcomes, np.float32), trials_per_phase))
     return np.concatenate(presented), np.concatenate(outcomes)
 
 
@@ -263,7 +263,7 @@ def capacity_curve(keys: jax.Array, values: jax.Array, sizes: Sequence[int]) -> 
     if not sizes or min(sizes) < 2 or max(sizes) > len(keys):
         raise ValueError(f"sizes must be in 2 .. {len(keys)}, got {list(sizes)}")
     keys, values = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (keys, values))
-    return CapacityCurve(*map(jnp.stack, zip(*(_capacity(keys[:n], values[:n]) for n in sizes), strict=True)))
+    return jax.tree.map(lambda *points: jnp.stack(points), *(_capacity(keys[:n], values[:n]) for n in sizes))
 
 
 def _capacity(keys: jax.Array, values: jax.Array) -> CapacityCurve:
@@ -381,5 +381,6 @@ class Conditioning(NamedTuple):
 
 def as_conditioning(mixer: PavlovianAttention, variables: Mapping[str, Any], x: jax.Array) -> Conditioning:
     """What a trained layer makes of its input (batch, time, features), in the words of conditioning."""
-    query, key, value, state = mixer.apply(variables, x, method=PavlovianAttention.stimuli)
+    stimuli: Any = mixer.apply(variables, x, method=PavlovianAttention.stimuli)
+    query, key, value, state = stimuli
     return Conditioning(query, key, value, state.memory.swapaxes(2, 3))
