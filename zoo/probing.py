@@ -35,6 +35,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.attention_readout import attention_entries
 from zoo.backbones.decoder_lm import DecoderLM
 from zoo.errors import unknown
 from zoo.layers.mlp import GATED
@@ -184,10 +185,7 @@ class _Recorder:
             self.visit(f"scores.{layer}", scores)
         if not self.wants(f"pattern.{layer}"):
             return self.visit(f"z.{layer}", call(query, key, value, mask, **options))
-        # Weights are what attention makes of values that are one-hot: the same kernel, masks and softmax.
-        count = key.shape[1]
-        one_hot = jnp.broadcast_to(jnp.eye(count, dtype=value.dtype)[:, None], (*key.shape[:3], count))
-        weights = call(query, key, one_hot, mask, **options).swapaxes(1, 2)
+        weights = attention_entries(query, key, **mixer.logits(mask))
         weights = self.visit(f"pattern.{layer}", weights)
         if f"pattern.{layer}" not in self.patch:
             return self.visit(f"z.{layer}", call(query, key, value, mask, **options))

@@ -134,8 +134,7 @@ def register(
     """
 
     def add(module: ModuleClass) -> ModuleClass:
-        if _PAPERS.setdefault(paper.slug, paper) != paper:
-            raise ValueError(f"two records for the paper {paper.slug!r}")
+        register_analysis(paper)
         for variant in variants:
             if variant.id in _MODELS:
                 raise ValueError(f"model id {variant.id!r} is registered twice")
@@ -143,6 +142,12 @@ def register(
         return module
 
     return add
+
+
+def register_analysis(paper: Paper) -> None:
+    """Registers a paper that studies networks of others and has none of its own."""
+    if _PAPERS.setdefault(paper.slug, paper) != paper:
+        raise ValueError(f"two records for the paper {paper.slug!r}")
 
 
 @functools.cache

@@ -142,7 +142,7 @@ def papers_table() -> str:
     for slug, paper in registry.papers().items():
         ids = [name for name, entry in registry.models().items() if entry.paper.slug == slug]
         link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else paper.title
-        names = f"`{ids[0]}`" + (f" and {len(ids) - 1} more" if len(ids) > 1 else "")
+        names = f"`{ids[0]}`" + (f" and {len(ids) - 1} more" if len(ids) > 1 else "") if ids else "of other papers"
         source = f"zoo/papers/{slug}" + ("" if (ROOT / "zoo" / "papers" / slug).is_dir() else ".py")
         found = verdicts.get(slug, [])
         claims = f"{found.count('reproduced')} of {len(found)}" if found else "not run"

@@ -132,24 +132,24 @@ class SoftmaxAttention(Mixer):
 
         `mask` holds the arguments of `kernels.attention.attention` that say which keys a query sees.
         """
+        dropout = 0.0 if deterministic else self.dropout
+        rng = self.make_rng("dropout") if dropout > 0 else None
+        out = attention(query, key, value, dropout_rate=dropout, dropout_rng=rng, **self.logits(mask))
+        return cast(jax.Array, out)
+
+    def logits(self, mask: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `kernels.attention.attention` that make the map of queries and keys, `mask` among them."""
         window = None
         if self.window is not None:
             window = (self.window - 1, 0 if self.causal else self.window - 1)
-        dropout = 0.0 if deterministic else self.dropout
-        out = attention(
-            query,
-            key,
-            value,
-            causal=self.causal,
-            window=window,
-            scale=self.scale,
-            logit_softcap=self.softcap,
-            sinks=self.sink_logits if self.sinks else None,
-            dropout_rate=dropout,
-            dropout_rng=self.make_rng("dropout") if dropout > 0 else None,
+        return {
+            "causal": self.causal,
+            "window": window,
+            "scale": self.scale,
+            "logit_softcap": self.softcap,
+            "sinks": self.sink_logits if self.sinks else None,
             **mask,
-        )
-        return cast(jax.Array, out)
+        }
 
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> cache.KeyValueCache:
