@@ -183,7 +183,7 @@ def calibrated_attention(
     value: jax.Array,
     scaled_keys: jax.Array,
     *,
-    factor: float = 0.4,
+    factor: float | jax.Array = 0.4,
     implementation: Implementation | None = None,
     **logits: Unpack[Logits],
 ) -> jax.Array:
@@ -199,7 +199,7 @@ def calibrated_attention(
       key: (batch, keys, key_heads, dim).
       value: (batch, keys, key_heads, value_dim).
       scaled_keys: bool (batch or 1, heads or 1, keys), S. All False in a head: attention as ever.
-      factor: beta, in [0, 1].
+      factor: beta, in [0, 1]; may be traced.
       implementation: "reference", "chunked", "tpu", "gpu", or None for the platform compiled for.
       **logits: as of `attention`, without `sinks` (which would count in both parts).
 
@@ -211,7 +211,7 @@ def calibrated_attention(
     """
     if logits.get("sinks") is not None:
         raise ValueError("calibrated_attention takes no sinks")
-    if not 0 <= factor <= 1:
+    if not isinstance(factor, jax.core.Tracer) and not 0 <= factor <= 1:
         raise ValueError(f"factor must be in [0, 1], got {factor}")
     operands, options = _sort(query, key, None, implementation, logits, value)
     batch, _, heads, _ = query.shape
