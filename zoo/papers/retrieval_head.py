@@ -143,7 +143,7 @@ def needle_prompt(
     Raises:
       ValueError: the style is unknown; and as `insert_needle`.
     """
-    periods = {tokenizer.encode(text)[0] for text in (".", " .")}
+    periods = [ids[0] for ids in map(tokenizer.encode, (".", " .")) if len(ids) == 1]
     text = insert_needle(haystack, tokenizer.encode(f" {needle.sentence}"), length, depth, periods, buffer)
     question = f"\nBased on the content of the book, Question: {needle.question}\nAnswer:"
     if style == "chat":
