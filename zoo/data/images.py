@@ -68,7 +68,7 @@ def sign_digits(folder: str | pathlib.Path) -> ImageData:
 
 
 def handwritten_digits(size: int = 32) -> ImageData:
-    """Scikit-learn's 1797 handwritten digits of 8 x 8 pixels, enlarged to `size`; the last 397 are for testing.
+    """Scikit-learn's 1797 handwritten digits of 8 x 8 pixels, enlarged to `size`; the last 400 are for testing.
 
     "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998.
 
@@ -82,7 +82,7 @@ def handwritten_digits(size: int = 32) -> ImageData:
     gray = (digits.images * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)) for image in gray]
     images = np.repeat(np.stack(large)[..., None], 3, axis=-1)
-    cut = 1400
+    cut = 1397
     return ImageData(
         "digits",
         10,
