@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 # The CUDA plugin of the extra `compile` would complain at every start that cuDNN is missing, which compiles nothing.
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK ?= 1
 
-.PHONY: demo test test-all lint bench bench-kernels claims notebooks readme clean
+.PHONY: demo test test-all lint bench bench-kernels bench-vision claims notebooks readme clean
 
 demo: .venv/demo
 	$(BIN)/zoo run informer --preset demo --workdir runs/demo --force
@@ -23,6 +23,10 @@ lint: .venv/test
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.attention_cpu
+
+# EfficientFormer and the other vision backbones beside timm.
+bench-vision: .venv/bench
+	$(BIN)/python -m benchmarks.vision
 
 bench-kernels: .venv/bench
 	$(BIN)/python -m benchmarks.kernels
