@@ -84,9 +84,10 @@ def cpu(repeats: int = 7) -> None:
             def run_ours(function: Any = function) -> None:
                 jax.block_until_ready(function(*held))
 
+            runs: tuple[Callable[[], None], ...] = (run_theirs, run_ours)
             best = [float("inf")] * 2
             for repeat in range(repeats + 1):
-                for place, run in enumerate((run_theirs, run_ours)):
+                for place, run in enumerate(runs):
                     start = time.process_time()
                     run()
                     if repeat:  # the first is for compilation

@@ -19,7 +19,14 @@ from kernels.attention import attention_of
 from kernels.attention.operands import Operands, Options, axes, check
 from kernels.attention_readout import chunked, gpu, reference, tpu
 from kernels.attention_readout.entries import entry_logits
-from kernels.common import Implementation, by_platform, check_implementation, head_shards, repeat_for_shards
+from kernels.common import (
+    Implementation,
+    by_platform,
+    check_implementation,
+    head_shards,
+    on_each_device,
+    repeat_for_shards,
+)
 
 _RECEIVED: Mapping[str, Callable[..., Any]] = {"chunked": chunked.received, "tpu": tpu.received, "gpu": gpu.received}
 _TOP_K: Mapping[str, Callable[..., Any]] = {"chunked": chunked.top_k, "tpu": tpu.top_k, "gpu": gpu.top_k}
@@ -391,7 +398,9 @@ def _top_k_backward(k, options, implementation, residuals, cotangents):
     floats = Operands(operands.query, operands.key, operands.value, operands.bias, operands.sinks)
 
     def chosen(floats: Operands) -> jax.Array:
-        return chunked.chosen_logits(operands._replace(**_present(floats)), indices, options)
+        every = operands._replace(**_present(floats))
+        logits = partial(chunked.chosen_logits, options=options)
+        return on_each_device(logits, (every, indices), (axes(every), "bh.."), "bh..")
 
     (d_operands,) = jax.vjp(chosen, floats)[1](d_logits)
     if logsumexp is not None:

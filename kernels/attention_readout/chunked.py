@@ -66,7 +66,7 @@ def top_k(operands: Operands, *, options: Options, k: int) -> tuple[jax.Array, j
     return logits, indices
 
 
-def chosen_logits(operands: Operands, indices: jax.Array, options: Options) -> jax.Array:
+def chosen_logits(operands: Operands, indices: jax.Array, *, options: Options) -> jax.Array:
     """The logits (B, H, T, k) of each query's own keys, to be differentiated: one of the k at a time, so that only
     (B, H, T, D) of gathered keys exists at once. Masks do not matter: what is chosen is visible, or has no cotangent.
     """

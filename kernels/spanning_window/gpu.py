@@ -67,7 +67,7 @@ def _call(
         partial(kernel, options=options, height=height, width=width),
         grid=(math.prod((patterns, batch, heads, groups)),),
         out_shape=tuple(jax.ShapeDtypeStruct((patterns, *flat(x).shape), x.dtype) for x in like),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=4 if options.window**2 <= 64 else 8, num_stages=1),
         interpret=interpret,
         name=f"spanning_window_gpu_{name}",
     )(*(flat(x) for x in arrays))
