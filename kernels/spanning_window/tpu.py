@@ -1,6 +1,6 @@
 """Attention within groups of a map for TPUs: a Pallas kernel for Mosaic.
 
-A program has one image, whole in VMEM: (rows, columns padded to whole registers, heads x width in lanes). A pattern's
+A program has one image, whole in VMEM: (rows, columns in whole registers, heads x width in lanes). A pattern's
 groups are rows of tokens that lie `window` side by side or far apart, all columns of them: rows are addressed for free,
 and columns never move. A product of such a band with itself is masked to each group's columns; it computes X / window
 times what is needed, in tiles of 128 lanes that would be filled with padding otherwise (a 14 x 14 map: none at all).
@@ -48,21 +48,23 @@ def backward(
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    """(B, Y, X, H, D) to (B, Y, X padded to whole registers, H D) in a dtype that the hardware has."""
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        x = x.astype(jnp.float32)
+    """(B, Y, X, H, D) to (B, Y, X, H D) in a dtype that the hardware has."""
     x = x.reshape(*x.shape[:3], -1)
-    columns = round_up(x.shape[2], 8 * 4 // x.dtype.itemsize)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0)))
+    return x if x.dtype in (jnp.bfloat16, jnp.float32) else x.astype(jnp.float32)
 
 
 def _restore(x: jax.Array, like: jax.Array) -> jax.Array:
-    return x[:, :, : like.shape[2]].reshape(like.shape).astype(like.dtype)
+    return x.reshape(like.shape).astype(like.dtype)
+
+
+def _columns(x: jax.Array) -> int:
+    """Columns of an image in VMEM, whole registers."""
+    return round_up(x.shape[2], 8 * 4 // x.dtype.itemsize)
 
 
 def _bytes(x: jax.Array, itemsize: int) -> int:
     """Of one image in VMEM."""
-    return x.shape[1] * x.shape[2] * round_up(x.shape[3], LANES) * itemsize
+    return x.shape[1] * _columns(x) * round_up(x.shape[3], LANES) * itemsize
 
 
 def _vmem(arrays: Sequence[jax.Array], outputs: Sequence[jax.Array], sums: Sequence[jax.Array]) -> int:
@@ -79,24 +81,24 @@ def _call(
     shape: tuple[int, ...], options: Options, interpret: bool,
 ) -> list[jax.Array]:  # fmt: skip
     batch, height, width, heads, _ = shape
-    columns = arrays[0].shape[2]
+    columns = _columns(arrays[0])
     rows = next(
         n for n in range(options.window, 0, -1) if (options.window % n == 0 and n * columns <= _QUERY_TOKENS) or n == 1
     )
     masks = _masks(options, rows, width, columns)
 
     def image(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((pl.Squeezed(), *x.shape[1:]), lambda b: (b, 0, 0, 0))
+        return pl.BlockSpec((pl.Squeezed(), height, columns, x.shape[3]), lambda b: (b, 0, 0, 0))
 
     pairs = batch * len(options.patterns) * height * columns * options.window * columns
     widths = sum(x.shape[3] for x in arrays[1:]) * (1 if not sums else 2)
     return pl.pallas_call(
-        partial(kernel, options=options, heads=heads, rows=rows, windows=height // options.window),
+        partial(kernel, options=options, heads=heads, rows=rows, size=(height // options.window, width)),
         grid=(batch,),
         in_specs=[*map(image, arrays), pl.BlockSpec(masks.shape, lambda b: (0, 0, 0))],
         out_specs=[image(x) for x in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        scratch_shapes=[pltpu.VMEM(x.shape[1:], jnp.float32) for x in sums],
+        scratch_shapes=[pltpu.VMEM((height, columns, x.shape[3]), jnp.float32) for x in sums],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=_vmem(arrays, outputs, sums)
         ),
@@ -135,9 +137,14 @@ def _over_bands(body: Any, options: Options, rows: int, windows: int) -> None:
         jax.lax.fori_loop(0, windows * parts, step, None)
 
 
-def _take(ref: Any, places: Sequence[Any]) -> jax.Array:
-    """Rows of an image, one below the other: (tokens, lanes)."""
-    return jnp.concatenate([ref[place] for place in places], axis=0)
+def _take(ref: Any, places: Sequence[Any], width: int) -> jax.Array:
+    """Rows of an image, one below the other: (tokens, lanes), zero beyond its `width`, where anything may lie."""
+    shape = ref.shape[1:]
+    if shape[0] == width:
+        return jnp.concatenate([ref[place] for place in places], axis=0)
+    inside = jax.lax.broadcasted_iota(jnp.int32, shape, 0) < width
+    rows = [jnp.where(inside, ref[place].astype(jnp.float32), 0).astype(ref.dtype) for place in places]
+    return jnp.concatenate(rows, axis=0)
 
 
 def _add(ref: Any, places: Sequence[Any], value: jax.Array, first: bool = False) -> None:
@@ -168,30 +175,31 @@ def _forward_kernel(
     options: Options,
     heads: int,
     rows: int,
-    windows: int,
+    size: tuple[int, int],
 ) -> None:
     def band(number: int, queries: Sequence[Any], places: Sequence[Any]) -> None:
-        query, key, value = _take(query_ref, queries), _take(key_ref, places), _take(value_ref, places)
+        query = _take(query_ref, queries, size[1])
+        key, value = (_take(ref, places, size[1]) for ref in (key_ref, value_ref))
         outs = []
         for head in range(heads):
             q, k, v = (_head(x, head, heads) for x in (query, key, value))
             outs.append(product(_weights(q, k, mask_ref[number], options.scale).astype(v.dtype), v))
         _add(out_ref, queries, jnp.concatenate(outs, axis=1), first=number == 0)
 
-    _over_bands(band, options, rows, windows)
+    _over_bands(band, options, rows, size[0])
 
 
 def _backward_kernel(
     query_ref: Any, key_ref: Any, value_ref: Any, d_out_ref: Any, mask_ref: Any, d_query_ref: Any, d_key_ref: Any,
     d_value_ref: Any, query_sum: Any, key_sum: Any, value_sum: Any, *,
-    options: Options, heads: int, rows: int, windows: int,
+    options: Options, heads: int, rows: int, size: tuple[int, int],
 ) -> None:  # fmt: skip
     for ref in (query_sum, key_sum, value_sum):
         ref[...] = jnp.zeros_like(ref)
 
     def band(number: int, queries: Sequence[Any], places: Sequence[Any]) -> None:
-        query, d_out = _take(query_ref, queries), _take(d_out_ref, queries)
-        key, value = _take(key_ref, places), _take(value_ref, places)
+        query, d_out = (_take(ref, queries, size[1]) for ref in (query_ref, d_out_ref))
+        key, value = (_take(ref, places, size[1]) for ref in (key_ref, value_ref))
         d_queries, d_keys, d_values = [], [], []
         for head in range(heads):
             q, k, v, d = (_head(x, head, heads) for x in (query, key, value, d_out))
@@ -207,6 +215,6 @@ def _backward_kernel(
         ):  # fmt: skip
             _add(ref, where, jnp.concatenate(parts, axis=1))
 
-    _over_bands(band, options, rows, windows)
+    _over_bands(band, options, rows, size[0])
     for ref, total in ((d_query_ref, query_sum), (d_key_ref, key_sum), (d_value_ref, value_sum)):
         ref[...] = total[...].astype(ref.dtype)
