@@ -56,6 +56,7 @@ class ConvNorm(nn.Module):
     kernel_init: nn.initializers.Initializer = torch_kernel_init
     bias_init: nn.initializers.Initializer | None = None
     axes: tuple[str | None, str | None] = (None, "embed")
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -69,7 +70,7 @@ class ConvNorm(nn.Module):
         x = Conv(
             self.features, self.kernel_size, self.stride, self.groups, self.padding,
             self.use_bias or (self.norm and not has_norm), kernel_init=self.kernel_init, bias_init=self.bias_init,
-            axes=self.axes, **options, name="conv",
+            axes=self.axes, dilation=self.dilation, **options, name="conv",
         )(x)  # fmt: skip
         if has_norm:
             x = BatchNorm(self.epsilon, self.momentum, axis=self.axes[1], **options, name="norm")(x, train)

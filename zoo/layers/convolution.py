@@ -31,7 +31,7 @@ def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
     return lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -bound, bound)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, dilation: int = 1) -> jax.Array:
     """Cross-correlation of images, as every framework's convolution.
 
     Args:
@@ -39,9 +39,11 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
       kernel: (kernel height, kernel width, channels / groups, features); the groups follow from the two shapes.
       stride: in both directions.
       padding: zeros on each of the four sides.
+      dilation: distance of the kernel's places from one another.
 
     Returns:
-      (batch, (height + 2 padding - kernel height) // stride + 1, likewise the width, features), in x's dtype.
+      (batch, (height + 2 padding - dilation (kernel height - 1) - 1) // stride + 1, likewise the width, features), in
+      x's dtype.
 
     Raises:
       ValueError: the shapes do not fit each other, or the padded image is smaller than the kernel.
@@ -54,10 +56,13 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     groups, rest = divmod(channels, kernel.shape[2])
     if rest or features % max(groups, 1):
         raise ValueError(f"a kernel of shape {kernel.shape} does not fit {channels} channels")
-    if min(x.shape[1:3]) + 2 * padding < max(kernel.shape[:2]):
+    if min(x.shape[1:3]) + 2 * padding <= dilation * (max(kernel.shape[:2]) - 1):
         raise ValueError(
             f"an image of {x.shape[1:3]} with padding {padding} is smaller than a kernel of {kernel.shape[:2]}"
+            + (f" with dilation {dilation}" if dilation > 1 else "")
         )
+    if dilation > 1:
+        return _xla(x, kernel, stride, padding, dilation)
     if groups == channels == features > 1:
         return _depthwise(x, kernel, stride, padding)
     if groups == 1 and kernel.shape[:2] == (1, 1) and padding == 0:
@@ -67,10 +72,10 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     return _xla(x, kernel, stride, padding)
 
 
-def _xla(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def _xla(x: jax.Array, kernel: jax.Array, stride: int, padding: int, dilation: int = 1) -> jax.Array:
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1] // kernel.shape[2],
+        x, kernel, (stride, stride), [(padding, padding)] * 2, rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1] // kernel.shape[2],
     )  # fmt: skip
 
 
@@ -183,8 +188,8 @@ class Conv(nn.Module):
 
     Fields:
       features: channels of the output.
-      kernel_size, stride, groups: as usual; one number for both directions.
-      padding: None is kernel_size // 2.
+      kernel_size, stride, groups, dilation: as usual; one number for both directions.
+      padding: None is dilation * (kernel_size // 2).
       kernel_init, bias_init: by default those of PyTorch.
       axes: logical names of the input's and the output's channels.
     """
@@ -200,6 +205,7 @@ class Conv(nn.Module):
     kernel_init: nn.initializers.Initializer = torch_kernel_init
     bias_init: nn.initializers.Initializer | None = None
     axes: tuple[str | None, str | None] = (None, "embed")
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -222,6 +228,6 @@ class Conv(nn.Module):
         if pointwise:
             y = (x if self.stride == 1 else x[:, :: self.stride, :: self.stride]) @ kernel
         else:
-            padding = size // 2 if self.padding is None else self.padding
-            y = convolve(x, kernel, stride=self.stride, padding=padding)
+            padding = self.dilation * (size // 2) if self.padding is None else self.padding
+            y = convolve(x, kernel, stride=self.stride, padding=padding, dilation=self.dilation)
         return y if bias is None else y + bias
