@@ -214,7 +214,7 @@ class IRMB(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """(B, Y, X, C) to (B, ceil(Y / stride), ceil(X / stride), features)."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = int(x.shape[-1] * self.expansion)
