@@ -11,6 +11,7 @@ import pytest
 
 import zoo
 from kernels import attention
+from tests.parameters import random_parameters
 from zoo import registry, weights
 from zoo.papers import emov2
 from zoo.papers.emov2 import boxes, detection, generation, segmentation
@@ -161,6 +162,15 @@ def test_a_block_without_a_skip_scales_its_layer_too():
     assert not np.asarray(block.apply(variables, x, False)).any()
 
 
+def test_parts_of_the_block_can_be_taken_away():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 8)), jnp.float32)
+    block = emov2.IRMB(8, 2, operators=("convolution",))
+    variables = random_variables(block, x)
+    assert not np.allclose(block.apply(variables, x), block.clone(inner_skip=False).apply(variables, x))
+    bare = emov2.IRMB(8, 2, operators=("convolution",), skip=False, scale_everywhere=False)
+    assert "layer_scale" not in random_variables(bare, x)["params"]["project"]
+
+
 def test_several_operators_are_added():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 4, 8)), jnp.float32)
     both = emov2.IRMB(8, 2, operators=("remote", "close"), head_dim=4, window=2)
@@ -228,6 +238,15 @@ def test_suppression_is_greedy_and_by_class():
     )
     np.testing.assert_array_equal(kept[:2], [1, 2])
     np.testing.assert_array_equal(valid, [True, True, False, False])
+
+
+def test_average_precision():
+    truth = [np.array([[0, 0, 10, 10], [20, 20, 30, 30.0]]), np.zeros((0, 4))]
+    good, other, wrong = [0, 0, 10, 11.0], [21, 20, 31, 30.0], [60, 60, 70, 70.0]
+    found = [(np.array([good, other, good]), np.array([0.9, 0.5, 0.8])), (np.array([wrong]), np.array([0.7]))]
+    # Right, a second one of the same, wrong, right: precisions 1 and 1/2.
+    assert boxes.average_precision(found, truth) == pytest.approx(0.5 * 1 + 0.5 * 0.5)
+    assert np.isnan(boxes.average_precision(found, [np.zeros((0, 4))] * 2))
 
 
 def test_anchors_are_the_published_ones():

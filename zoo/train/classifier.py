@@ -23,7 +23,7 @@ _EVALUATION_BATCH = 100
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """How a classifier is trained: AdamW, linear warm-up, cosine to a hundredth of the learning rate."""
+    """How a classifier is trained: AdamW, linear warm-up, cosine."""
 
     epochs: int = 300
     batch_size: int = 1024
@@ -31,8 +31,12 @@ class ClassifierConfig:
     learning_rate: float = 1e-3
     warmup_epochs: int = 5
     weight_decay: float = 0.025
+    # Where the cosine ends, as a part of learning_rate.
+    final_fraction: float = 0.01
     # Of gradients relative to their parameters; None: none.
     adaptive_clip: float | None = None
+    # Of the gradients' global norm; None: none.
+    clip_norm: float | None = None
     # Of the average of parameters that is evaluated; None: the parameters themselves.
     ema_decay: float | None = None
     # What is done to the images.
@@ -82,8 +86,8 @@ def fit_classifier(
     optimizer = build_optimizer(
         OptimizerConfig(
             learning_rate=config.learning_rate, schedule="cosine", warmup_steps=config.warmup_epochs * steps,
-            final_fraction=0.01, weight_decay=config.weight_decay, adaptive_clip=config.adaptive_clip,
-            ema_decay=config.ema_decay,
+            final_fraction=config.final_fraction, weight_decay=config.weight_decay, adaptive_clip=config.adaptive_clip,
+            clip_norm=config.clip_norm, ema_decay=config.ema_decay,
         ),
         total_steps=config.epochs * steps,
     )  # fmt: skip

@@ -169,3 +169,39 @@ def batched_nms(
 
     _, kept = jax.lax.scan(step, scores, None, length=most)
     return kept
+
+
+def average_precision(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], truth: Sequence[np.ndarray], threshold: float = 0.5
+) -> float:
+    """Area under precision over recall of one class, each precision the best at its recall or a larger one.
+
+    Args:
+      found: boxes (M, 4) and scores (M,) of each image.
+      truth: boxes (G, 4) of each image. Each can be found once, by the best box that overlaps it enough.
+      threshold: least overlap.
+    """
+    total = sum(len(boxes) for boxes in truth)
+    if total == 0:
+        return math.nan
+    order = sorted(
+        ((float(score), image, place) for image, (_, scores) in enumerate(found) for place, score in enumerate(scores)),
+        reverse=True,
+    )
+    taken = [np.zeros(len(boxes), bool) for boxes in truth]
+    shared = [
+        np.asarray(overlaps(jnp.asarray(boxes), jnp.asarray(real))) if len(boxes) and len(real) else None
+        for (boxes, _), real in zip(found, truth, strict=True)
+    ]
+    hits = np.zeros(len(order))
+    for rank, (_, image, place) in enumerate(order):
+        table = shared[image]
+        if table is None:
+            continue
+        best = int(np.argmax(table[place]))
+        if table[place, best] >= threshold and not taken[image][best]:
+            taken[image][best] = hits[rank] = True
+    recall = np.cumsum(hits) / total
+    precision = np.cumsum(hits) / np.arange(1, len(order) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))

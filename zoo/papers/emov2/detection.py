@@ -26,12 +26,15 @@ class DetectorConfig:
       backbone: its window is 10 in all published detectors.
       num_classes: without the background.
       channels: of RetinaNet's pyramid and head.
+      pretrained: in training the backbone's batch norms keep their statistics, and RetinaNet's stem and stage 1 get no
+        gradient, as published; not so where a backbone starts from nothing.
       image_size: height and width in pixels of example inputs; RetinaNet takes any, SSDLite's anchors are made for 320.
     """
 
     backbone: EMOv2Config
     num_classes: int = 80
     channels: int = 256
+    pretrained: bool = True
     image_size: tuple[int, int] = (320, 320)
 
     def __post_init__(self) -> None:
@@ -90,9 +93,9 @@ class FeaturePyramid(nn.Module):
 
 
 class RetinaNet(nn.Module):
-    """Boxes and classes at five scales, strides 8 to 128. Children: `backbone`, `neck`, `class_{i}`, `box_{i}`, ...
+    """Boxes and classes at five scales, strides 8 to 128.
 
-    In training the backbone's batch norms keep their statistics, and stem and stage 1 get no gradient, as published.
+    Children: `backbone`, `neck`, `class_{i}`, `box_{i}`, `class_out`, `box_out`.
     """
 
     config: DetectorConfig
@@ -108,7 +111,8 @@ class RetinaNet(nn.Module):
         """float (B, height, width, channels), standardised, to what it says of 9 anchors a cell."""
         config = self.config
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        backbone = EMOv2Features(config.backbone, frozen_norms=True, frozen_stages=1, **options, name="backbone")
+        frozen = (True, 1) if config.pretrained else (False, None)
+        backbone = EMOv2Features(config.backbone, *frozen, **options, name="backbone")
         maps = FeaturePyramid(config.channels, 5, **options, name="neck")(backbone(images, train)[1:])
         normal = nn.initializers.normal(0.01)
         convolution: Any = partial(
@@ -178,8 +182,7 @@ SSD_SIZES = (48, 100, 150, 202, 253, 304, 320)  # smallest anchor of each level,
 class SSDLite(nn.Module):
     """Boxes and classes at six scales, for images of 320 pixels (larger ones keep the anchors, as published).
 
-    Children: `backbone`, `extra_{i}_{reduce, depthwise, pointwise}`, `{class, box}_{i}_{depthwise, out}`. In training
-    the backbone's batch norms keep their statistics, as published; the others' do not.
+    Children: `backbone`, `extra_{i}_{reduce, depthwise, pointwise}`, `{class, box}_{i}_{depthwise, out}`.
     """
 
     config: DetectorConfig
@@ -194,7 +197,8 @@ class SSDLite(nn.Module):
         """float (B, height, width, channels), standardised, to what it says of 6 anchors a cell."""
         config = self.config
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        maps = EMOv2Features(config.backbone, frozen_norms=True, **options, name="backbone")(images, train)[2:]
+        backbone = EMOv2Features(config.backbone, frozen_norms=config.pretrained, **options, name="backbone")
+        maps = backbone(images, train)[2:]
         layer: Any = partial(ConvNorm, use_bias=False, epsilon=1e-3, momentum=0.03, **options)
         for i, width in enumerate(self.extras):
             x = nn.relu6(layer(width // 2, axes=("embed", "mlp"), name=f"extra_{i}_reduce")(maps[-1], train))

@@ -70,6 +70,7 @@ class EMOv2Config:
       activations: of each stage's expansion.
       drop_path_rate: of the last block; the first one's is 0, and between them it rises linearly.
       layer_scale: its initial value.
+      inner_skip, scale_everywhere: as of `IRMB`; True as published, and taken away to see what they do.
       stem_stride: 2; of 1, for small images, all maps are twice as large.
       num_classes: logits.
       image_size: height and width in pixels, of example inputs; any others do.
@@ -87,6 +88,8 @@ class EMOv2Config:
     activations: tuple[str, str, str, str] = ("silu", "silu", "gelu", "gelu")
     drop_path_rate: float = 0.0
     layer_scale: float = 1e-6
+    inner_skip: bool = True
+    scale_everywhere: bool = True
     stem_stride: int = 2
     num_classes: int = 1000
     image_size: tuple[int, int] = (224, 224)
@@ -191,9 +194,11 @@ class IRMB(nn.Module):
       operators: `("convolution",)`, a 1 x 1 one, or attentions, whose results are added.
       head_dim, window: of the attention.
       norm, activation: at the head, and of the expansion. The depthwise convolution has a batch norm and SiLU always.
-      skip: whether there is a residual, and one around the depthwise convolution.
+      skip: whether there is a residual.
       drop_path_rate: of the residual.
       layer_scale: its initial value.
+      inner_skip: whether a block with a residual has one around the depthwise convolution.
+      scale_everywhere: whether a block without a residual has a layer scale.
       frozen_norms: batch norms use the running statistics in training, too, and leave them.
     """
 
@@ -209,6 +214,8 @@ class IRMB(nn.Module):
     skip: bool = True
     drop_path_rate: float = 0.0
     layer_scale: float = 1e-6
+    inner_skip: bool = True
+    scale_everywhere: bool = True
     frozen_norms: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -238,9 +245,10 @@ class IRMB(nn.Module):
             hidden, self.kernel_size, self.stride, groups=hidden, use_bias=False, epsilon=EPSILON, axes=(None, "mlp"),
             **options, name="local",
         )(h, statistics)  # fmt: skip
-        h = h + nn.silu(local) if self.skip else nn.silu(local)
+        h = h + nn.silu(local) if self.skip and self.inner_skip else nn.silu(local)
+        scale = self.layer_scale if self.skip or self.scale_everywhere else None
         h = ConvNorm(
-            self.features, use_bias=False, norm=False, layer_scale=self.layer_scale, axes=("mlp", "embed"), **options,
+            self.features, use_bias=False, norm=False, layer_scale=scale, axes=("mlp", "embed"), **options,
             name="project",
         )(h, statistics)  # fmt: skip
         if not self.skip:
@@ -299,6 +307,8 @@ class EMOv2Features(nn.Module):
                     skip=not first,
                     drop_path_rate=config.drop_path_rate * count / last,
                     layer_scale=config.layer_scale,
+                    inner_skip=config.inner_skip,
+                    scale_everywhere=config.scale_everywhere,
                     frozen_norms=self.frozen_norms,
                     **options,
                     name=f"stage_{stage + 1}_block_{index}",
