@@ -37,7 +37,9 @@ def count(tree):
 
 
 COUNTED = [id for id, model in registry.models().items() if model.paper is emov2.PAPER and model.variant.parameters]
-SAME = [pytest.param(id, marks=pytest.mark.slow) if id.endswith(("_256", "_512")) else id for id in COUNTED]
+# Of the large ones tracing takes seconds, and those for other sizes of images have the same parameters.
+LATER = ("_256", "_512", "20m", "50m", "_l_2", "_xl_2")
+BY_SIZE = [pytest.param(id, marks=pytest.mark.slow) if id.endswith(LATER) else id for id in COUNTED]
 
 
 def random_variables(model, *arguments):
@@ -49,7 +51,7 @@ def random_variables(model, *arguments):
     return variables
 
 
-@pytest.mark.parametrize("id", SAME)
+@pytest.mark.parametrize("id", BY_SIZE)
 def test_parameter_counts_are_the_published_ones(id):
     assert count(parameters(id)) == registry.model(id).variant.parameters
 
@@ -120,6 +122,7 @@ def test_folding_changes_nothing(tiny):
         model.apply(folded, images, train=True)
 
 
+@pytest.mark.slow
 def test_a_backbone_inside_a_detector_is_folded_and_the_head_is_not():
     model = detection.SSDLite(emov2.DetectorConfig(SHALLOW, num_classes=3))
     images = jnp.ones((1, 64, 64, 3))
@@ -269,7 +272,18 @@ def test_focal_loss_of_gamma_zero_is_cross_entropy():
 
 
 @pytest.mark.parametrize("kind", [detection.RetinaNet, pytest.param(detection.SSDLite, marks=pytest.mark.slow)])
-def test_a_detector_learns_and_detects(kind):
+def test_a_detector_detects(kind):
+    model = kind(emov2.DetectorConfig(SHALLOW, num_classes=3, channels=8))
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((1, 64, 64, 3)), jnp.float32)
+    variables = random_variables(model, images)
+    found = jax.jit(lambda v, x: model.detect(model.apply(v, x), 64, 64))(variables, images)
+    assert found.boxes.shape[2] == 4 and ((found.boxes >= 0) & (found.boxes <= 64)).all()
+    assert (jnp.diff(found.scores, axis=1) <= 0).all() and (found.classes < 3).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [detection.RetinaNet, detection.SSDLite])
+def test_a_detector_learns(kind):
     config = emov2.DetectorConfig(SHALLOW, num_classes=3, channels=8, image_size=(64, 64))
     model = kind(config)
     batch = detection.example_inputs(config, 2) | detection.example_targets(config, 2)
@@ -293,9 +307,6 @@ def test_a_detector_learns_and_detects(kind):
     assert np.any(backbone["stage_4_block_0"]["project"]["conv"]["kernel"])
     unchanged = jax.tree.map(np.array_equal, state["batch_stats"]["backbone"], variables["batch_stats"]["backbone"])
     assert all(jax.tree.leaves(unchanged))
-    found = jax.jit(lambda v, x: model.detect(model.apply(v, x), 64, 64))(variables, batch["images"])
-    assert found.boxes.shape[2] == 4 and ((found.boxes >= 0) & (found.boxes <= 64)).all()
-    assert (jnp.diff(found.scores, axis=1) <= 0).all() and (found.classes < 3).all()
 
 
 # -------------------------------------------------------------------------------------------------------- segmentation
@@ -330,21 +341,17 @@ def test_adaptive_pooling_is_pytorchs():
 DEMO = generation.DemoConfig(32, 1, 2, latent_size=8, window=2, num_classes=3)
 
 
-def test_demo_predicts_and_learns():
+def test_the_loss_of_demo():
     model = generation.Demo(DEMO)
     batch = generation.example_inputs(DEMO, 2)
     variables = random_variables(model, *batch.values())
     rngs = {"noise": jax.random.key(0), "dropout": jax.random.key(1)}
     loss = generation.loss(model)
 
-    @jax.jit
-    def step(params):
-        state = {"batch_stats": variables["batch_stats"]}
-        return jax.value_and_grad(lambda p: loss(p, state, batch, rngs, True), has_aux=True)(params)
-
-    (value, (_, metrics)), gradients = step(variables["params"])
+    state = {"batch_stats": variables["batch_stats"]}
+    value, (_, metrics) = jax.jit(partial(loss, train=True))(variables["params"], state, batch, rngs)
     np.testing.assert_allclose(value, metrics["mse"] + metrics["bound"], rtol=1e-6)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+    assert np.isfinite(value) and metrics["bound"] > 0
 
 
 def test_sampling_gives_back_what_a_perfect_model_knows():
