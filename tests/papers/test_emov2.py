@@ -11,6 +11,7 @@ import pytest
 
 import zoo
 from kernels import attention
+from tests.kernels.compile import assert_holds_kernel
 from tests.parameters import random_parameters
 from zoo import registry, weights
 from zoo.papers import emov2
@@ -403,6 +404,15 @@ def test_noise_is_added_by_the_schedule():
 def test_wrong_arguments_say_so(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.slow
+def test_the_programs_for_a_tpu_and_a_gpu_hold_the_kernel():
+    model = emov2.EMOv2(dataclasses.replace(TINY, depths=(1, 1, 2, 1)))
+    images = jax.ShapeDtypeStruct((2, 96, 96, 3), jnp.float32)
+    variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), images))
+    kernels = {"tpu-v5e": "spanning_window_forward", "h100": "spanning_window_gpu_forward"}
+    assert_holds_kernel(model.apply, [variables, images], kernels)
 
 
 def test_a_kernel_does_the_attention():
