@@ -78,4 +78,10 @@ CASES = [
         {"heads": 8, "rule": ("hebb", "oja", "trace", "bcm", "hebb_decay", "gated_delta", "delta", "gated_oja")},
         bidirectional=False,
     ),
+    Case(
+        "momentum",
+        "learned",
+        {"heads": 4, "key_heads": 2, "rotary": Rotary(), "qkv_bias": True, "out_bias": True, "learned": True},
+        bidirectional=False,
+    ),
 ]

@@ -23,6 +23,7 @@ import numpy as np
 from zoo import mixers
 from zoo.backbones.transformer import TransformerConfig, check_positive, make_blocks
 from zoo.layers.partitioning import dense, keep_batch_cut, partitioned
+from zoo.layers.positions import fairseq_sinusoids
 from zoo.layers.rotary import Rotary
 
 _GPT2 = {
@@ -51,14 +52,14 @@ class DecoderConfig(TransformerConfig):
       vocab_size: number of token ids.
       max_length: the most tokens of a sequence, past included, and the rows of a learned table of positions; None is
         no bound.
-      positions: "learned", "rotary" or "none".
+      positions: "learned", "sinusoidal" (fairseq's: `zoo.layers.positions.fairseq_sinusoids`), "rotary" or "none".
       tie_embeddings: the head's matrix is the embedding's.
       embedding_scale: factor of the embeddings (Gemma: sqrt(features)).
       logit_softcap: c caps the vocabulary's logits to c tanh(logits / c) (Gemma 2), or None.
       float32_residual: the residual stream is float32 also where the computation is not.
     """
 
-    POSITIONS: ClassVar[tuple[str, ...]] = ("learned", "rotary", "none")
+    POSITIONS: ClassVar[tuple[str, ...]] = ("learned", "sinusoidal", "rotary", "none")
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": _GPT2 | _size(12, 768, 12, 3072),
         "gpt2_medium": _GPT2 | _size(24, 1024, 16, 4096),
@@ -197,6 +198,8 @@ class DecoderLM(nn.Module):
             x = x.astype(jnp.float32)
         if config.positions == "learned":
             x = x + self.positions(jnp.maximum(positions, 0))
+        elif config.positions == "sinusoidal":
+            x = x + fairseq_sinusoids(jnp.maximum(positions, 0), config.features).astype(x.dtype)
         x = self.dropout(x, deterministic=deterministic)
         states = []
         for layer, block in enumerate(self.layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -18,6 +19,22 @@ def sinusoids(length: int, features: int) -> np.ndarray:
         raise ValueError(f"sinusoids need an even number of features, got {features}")
     angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(0, features, 2) / features)
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, features).astype(np.float32)
+
+
+def fairseq_sinusoids(positions: jax.Array, features: int) -> jax.Array:
+    """float32 (..., features): half sines and half cosines of (t + 2) w_i, w_i = 10000^(-i / (features / 2 - 1)).
+
+    Positions of fairseq's language models and of XGLM, which count from 2 because 1 is the padding's.
+
+    Raises:
+      ValueError: `features` is odd or less than 4.
+    """
+    if features % 2 or features < 4:
+        raise ValueError(f"these sinusoids need an even number of features, at least 4, got {features}")
+    half = features // 2
+    frequencies = np.exp(-np.arange(half) * (np.log(10_000.0) / (half - 1))).astype(np.float32)
+    angles = (positions[..., None].astype(jnp.float32) + 2) * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def sinusoid_grid(height: int, width: int, features: int) -> np.ndarray:
