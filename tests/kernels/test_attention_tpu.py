@@ -48,10 +48,30 @@ def test_kernel_equals_reference(case: Case):
     attention_cases.assert_equals_reference(case, "tpu")
 
 
+DRAWN = attention_cases.cases(sizes=((150, 140), (300, 270)), heads=((2, 1), (2, 2)), widths=((16, 24),))
+
+
+@given(DRAWN)
+@settings(max_examples=4)
+def test_kernel_equals_reference_in_drawn_cases(case):
+    attention_cases.assert_equals_reference(case, "tpu")
+
+
 @pytest.mark.slow
-@given(attention_cases.cases(sizes=((150, 140),), heads=((2, 1), (2, 2)), widths=((16, 24),), dtypes=("float32",)))
-@settings(max_examples=5)
-def test_any_options_equal_reference(case: Case):
+@given(DRAWN)
+@settings(max_examples=40)
+def test_kernel_equals_reference_in_many_drawn_cases(case):
+    attention_cases.assert_equals_reference(case, "tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [300, 640, 1024])
+@pytest.mark.parametrize("width", [16, 64])
+def test_gradients_in_bfloat16_do_not_suffer_from_rows_of_few_keys(queries, width):
+    case = Case(
+        batch=1, queries=queries, keys=queries, heads=2, key_heads=1, width=width, value_width=width, causal=True,
+        dtype="bfloat16",
+    )  # fmt: skip
     attention_cases.assert_equals_reference(case, "tpu")
 
 

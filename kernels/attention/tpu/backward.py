@@ -156,9 +156,12 @@ def _take_queries(refs: Refs, number: Any, tiles: Tiles, rows: Any) -> None:
 
 def _logit_gradients(
     refs: Refs, plan: Plan, options: Options, tiles: Tiles, rows: slice, keys: Any, values: Any, key_block: Any,
-    masked: bool, only_block: Any,
+    masked: bool, alone: Any,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:  # fmt: skip
-    """Tiles of P', of dS, and of the gradient of the scaled scores before the cap."""
+    """Tiles of P', of dS, and of the gradient of the scaled scores before the cap.
+
+    `alone` says whether these rows see no other block; it may be traced.
+    """
     scores = product(refs["query_rows"][rows], keys)
     d_weights = product(refs["d_out_rows"][rows], values)
     logsumexp, delta = refs["logsumexp_column"][rows], refs["delta_column"][rows]
@@ -173,15 +176,23 @@ def _logit_gradients(
         dropped.append(weight)
         d_dropped.append(d_weight)
         slopes.append(slope)
-    if masked or plan.key_blocks == 1:
+    if alone is not False:
         # An output rounded to bfloat16 gives delta an error that does not cancel in rows of few keys. These see one
         # block only, in which delta is at hand: rowsum(P dP).
         pieces = [weight * d_weight for weight, d_weight in zip(weights, d_dropped, strict=True)]
         exact = jnp.sum(total(pieces), axis=1, keepdims=True) - refs["d_logsumexp_column"][rows]
-        delta = delta + only_block.astype(jnp.float32) * (exact - delta)
+        delta = exact if alone is True else delta + alone.astype(jnp.float32) * (exact - delta)
     d_logits = [weight * (d_weight - delta) for weight, d_weight in zip(weights, d_dropped, strict=True)]
     d_scores = [d if slope is None else d * slope for d, slope in zip(d_logits, slopes, strict=True)]
     return dropped, d_logits, d_scores
+
+
+def _rounded(tiles: list[jax.Array], dtype: Any, exact: bool) -> list[jax.Array]:
+    """The tiles side by side in `dtype`; with `exact` also what rounding took, as a second term."""
+    rounded = concatenate(tiles, dtype)
+    if not exact or dtype == jnp.float32:
+        return [rounded]
+    return [rounded, (concatenate(tiles, jnp.float32) - rounded.astype(jnp.float32)).astype(dtype)]
 
 
 def _kernel(refs: Refs, plan: Plan, options: Options) -> None:
@@ -203,7 +214,7 @@ def _kernel(refs: Refs, plan: Plan, options: Options) -> None:
             refs["key_sum"][:, columns] = jnp.zeros((plan.width, plan.block_k), jnp.float32)
             refs["value_sum"][:, columns] = jnp.zeros((plan.value_width, plan.block_k), jnp.float32)
 
-        def block(key_block: Any, masked: bool) -> None:
+        def block(key_block: Any, masked: bool, alone: bool) -> None:
             at = pl.multiple_of((key_block - chunk * plan.blocks_per_chunk) * plan.block_k, plan.block_k)
             columns = pl.ds(at, plan.block_k)
             keys, values = refs["key"][number, :, columns], refs["value"][number, :, columns]
@@ -212,20 +223,26 @@ def _kernel(refs: Refs, plan: Plan, options: Options) -> None:
             for start in range(0, plan.block_q, plan.rows):
                 rows = slice(start, start + plan.rows)
                 dropped, _, d_scores = _logit_gradients(
-                    refs, plan, options, tiles, rows, keys, values, key_block, masked, only_block
+                    refs, plan, options, tiles, rows, keys, values, key_block, masked, alone
                 )
-                weights, gradient = concatenate(dropped, keys.dtype), concatenate(d_scores, keys.dtype)
-                refs["value_sum"][:, columns] += product(refs["d_out_t"][:, rows], weights)
-                refs["key_sum"][:, columns] += product(refs["query_t"][:, rows], gradient)
-                refs["query_sum"][rows] += product(gradient, keys, transposed=True)
+                # In rows of few keys weights are large, and so would be what rounding them takes.
+                exact = masked and alone
+                for weights in _rounded(dropped, keys.dtype, exact):
+                    refs["value_sum"][:, columns] += product(refs["d_out_t"][:, rows], weights)
+                for gradient in _rounded(d_scores, keys.dtype, exact):
+                    refs["key_sum"][:, columns] += product(refs["query_t"][:, rows], gradient)
+                    refs["query_sum"][rows] += product(gradient, keys, transposed=True)
 
         def step(key_block: Any, _: None) -> None:
+            single = plan.key_blocks == 1
             if not plan.masked:
-                block(key_block, masked=False)
+                block(key_block, masked=False, alone=single)
                 return
             state = refs["states"][0, key_block]
-            pl.when(state == FULL)(lambda: block(key_block, masked=False))
-            pl.when(state == PARTIAL)(lambda: block(key_block, masked=True))
+            pl.when(state == FULL)(lambda: block(key_block, masked=False, alone=single))
+            if not single:
+                pl.when((state == PARTIAL) & ~only_block)(lambda: block(key_block, masked=True, alone=False))
+            pl.when((state == PARTIAL) & only_block)(lambda: block(key_block, masked=True, alone=True))
 
         def finish(piece: Any, _: None) -> None:
             rows = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
@@ -339,9 +356,8 @@ def _bias_kernel(
             keys, values = tiles.existing_keys(keys, key_block, 1), tiles.existing_keys(values, key_block, 1)
         for first in range(0, plan.block_q, LANES):
             rows = slice(first, first + LANES)
-            _, d_logits, _ = _logit_gradients(
-                refs, plan, options, tiles, rows, keys, values, key_block, masked, only_block
-            )
+            alone = only_block if masked or plan.key_blocks == 1 else False
+            _, d_logits, _ = _logit_gradients(refs, plan, options, tiles, rows, keys, values, key_block, masked, alone)
             d_bias = concatenate(d_logits, jnp.float32)
             if not own[3]:
                 d_bias = jnp.sum(d_bias, axis=1, keepdims=True)
