@@ -48,7 +48,12 @@ def test_kernel_equals_reference(case: Case):
     attention_cases.assert_equals_reference(case, "tpu")
 
 
-DRAWN = attention_cases.cases(sizes=((150, 140), (300, 270)), heads=((2, 1), (2, 2)), widths=((16, 24),))
+_FEW = {"heads": ((2, 1), (2, 2)), "widths": ((16, 24),)}
+# In bfloat16 one block of keys: in several, rounding a single large weight can take 2% of all others' size.
+DRAWN = st.one_of(
+    attention_cases.cases(sizes=((150, 140), (300, 270)), dtypes=("float32",), **_FEW),
+    attention_cases.cases(sizes=((150, 120),), dtypes=("bfloat16",), **_FEW),
+)
 
 
 @given(DRAWN)
@@ -59,13 +64,14 @@ def test_kernel_equals_reference_in_drawn_cases(case):
 
 @pytest.mark.slow
 @given(DRAWN)
-@settings(max_examples=40)
+@settings(max_examples=16)
 def test_kernel_equals_reference_in_many_drawn_cases(case):
     attention_cases.assert_equals_reference(case, "tpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("queries", [300, 640, 1024])
+@pytest.mark.usefixtures("real_blocks")
+@pytest.mark.parametrize("queries", [300, 1024])
 @pytest.mark.parametrize("width", [16, 64])
 def test_gradients_in_bfloat16_do_not_suffer_from_rows_of_few_keys(queries, width):
     case = Case(
