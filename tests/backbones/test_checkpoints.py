@@ -179,7 +179,6 @@ def test_mutated_tokenizers_work_or_are_refused(tmp_path, count):
 
 
 def test_bytes_that_a_vocabulary_lacks_are_left_out(smollm2):
-    """SmolLM2's lacks 21 bytes: six control characters, the first of planes 4 to 11, and those that UTF-8 never has."""
     assert len(set(ByteLevelTokenizer.byte_alphabet()) - set(smollm2.tokens)) == 21
     assert smollm2.decode(smollm2.encode("a\x04b")) == "ab"
 

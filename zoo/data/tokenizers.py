@@ -19,12 +19,18 @@ _PRE_TOKENIZERS = ("smollm", "gpt-2")  # tokenizer.ggml.pre that are known here
 
 
 class ByteLevelTokenizer:
-    """GPT-2's byte-level BPE, any text to tokens and back without loss.
+    """GPT-2's byte-level BPE: any text to tokens and back without loss, if the vocabulary has all 256 bytes.
+
+    Bytes that it lacks are left out, as by the library that published models use. SmolLM2's lacks 21, which occur in
+    six control characters and in the first characters of some planes beyond those of living scripts.
 
     Attributes:
       tokens: by id.
       end: id of the token that ends a turn or text, or None.
       template: Jinja source of the chat's layout, or None.
+
+    Raises:
+      ValueError: a token occurs twice or does not exist, or a merge does not make a token of two others.
     """
 
     def __init__(
