@@ -131,7 +131,13 @@ def main(prefill: int = 512, decode: int = 128, repeats: int = 5) -> None:
     base: dict[str, np.ndarray] = {}
     for what, who, spent, tokens in rows:
         ratio = base.setdefault(what, spent) / spent
-        figures = [f"{spent[0]:.2f}", f"{spent[1]:.2f}", f"{tokens / spent[1]:.1f}", f"{ratio[0]:.2f}", f"{ratio[1]:.2f}"]
+        figures = [
+            f"{spent[0]:.2f}",
+            f"{spent[1]:.2f}",
+            f"{tokens / spent[1]:.1f}",
+            f"{ratio[0]:.2f}",
+            f"{ratio[1]:.2f}",
+        ]
         table.add_row(f"{what} {prefill if what == 'prefill' else decode}", who, *figures)
     Console().print(table)
     print(f"{same} of {decode} greedy tokens are the same")

@@ -88,7 +88,9 @@ class ByteLevelTokenizer:
             if not (isinstance(tokens, list) and isinstance(merges, list) and kinds.shape == (len(tokens),)):
                 raise ValueError("tokens and merges must be lists of strings, token_type as long as the tokens")
             if not isinstance(end, int | None) or not isinstance(template, str | None):
-                raise ValueError(f"eos_token_id must be an integer and chat_template a string, got {end!r}, {template!r}")
+                raise ValueError(
+                    f"eos_token_id must be an integer and chat_template a string, got {end!r}, {template!r}"
+                )
             special = np.flatnonzero(kinds == _SPECIAL).tolist()
             return cls(tokens, merges, special, split_digits=pre == "smollm", end=end, template=template)
         except ValueError as error:
