@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 # The CUDA plugin of the extra `compile` would complain at every start that cuDNN is missing, which compiles nothing.
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK ?= 1
 
-.PHONY: demo test test-all lint bench bench-kernels bench-vision claims notebooks readme clean
+.PHONY: demo test test-all lint bench bench-kernels bench-language bench-vision claims notebooks readme clean
 
 demo: .venv/demo
 	$(BIN)/zoo run informer --preset demo --workdir runs/demo --force
@@ -27,6 +27,10 @@ bench: .venv/bench
 # EfficientFormer and the other vision backbones beside timm.
 bench-vision: .venv/bench
 	$(BIN)/python -m benchmarks.vision
+
+# SmolLM2-135M beside the transformers library, on one core: its threads spin while they wait for one another.
+bench-language: .venv/bench
+	taskset -c 0 $(BIN)/python -m benchmarks.language
 
 bench-kernels: .venv/bench
 	$(BIN)/python -m benchmarks.kernels

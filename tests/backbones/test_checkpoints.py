@@ -1,13 +1,17 @@
 """Published names of language models in both directions, and tokenizers."""
 
 import pathlib
+import subprocess
+import sys
 
+import gguf
 import jax
 import numpy as np
 import pytest
 
 import zoo
 from tests.parameters import random_parameters
+from tests.weights.test_readers import few_or_many, refused_of
 from zoo.backbones.checkpoints import MINILM_L6_V2, SMOLLM2_135M, decoder_rules
 from zoo.data.tokenizers import ByteLevelTokenizer, WordPieceTokenizer
 from zoo.weights import NameMapError, PackagedFile, WeightsFileError, convert, to_published
@@ -110,3 +114,85 @@ def test_damaged_or_missing_files_say_so(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(data)
     with pytest.raises(WeightsFileError, match="damaged"):
         ByteLevelTokenizer.from_gguf(tmp_path / "cut.gguf")
+
+
+def write_tokenizer(path, **changes):
+    """A GGUF file with a tokenizer of bytes and four merges."""
+    tokens = ["<unk>", "<|im_start|>", "<|im_end|>", *ByteLevelTokenizer.byte_alphabet(), "he", "ll", "llo", "hello"]
+    entries = {
+        "model": "gpt2", "pre": "smollm", "tokens": tokens, "merges": ["h e", "l l", "ll o", "he llo"],
+        "token_type": [3] * 3 + [1] * (len(tokens) - 3), "eos_token_id": 2,
+    } | changes  # fmt: skip
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in entries.items():
+        add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32}[type(value)]
+        add(f"tokenizer.ggml.{name}", value)
+    writer.add_string("tokenizer.chat_template", "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    writer.add_tensor("x", np.ones(3, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("merge 'h o' is not two tokens with a space between that make a third", {"merges": ["h e", "h o"]}),
+        ("merge 'he' is not two tokens", {"merges": ["he"]}),
+        ("1 of 3 tokens occur twice", {"tokens": ["a", "b", "a"], "token_type": [1] * 3}),
+        ("token 9999 does not exist: there are 263", {"eos_token_id": 9999}),
+        ("eos_token_id must be an integer and chat_template a string, got 'x'", {"eos_token_id": "x"}),
+        ("token_type as long as the tokens", {"token_type": [1, 1]}),
+        ("tokens and merges must be lists of strings", {"merges": [1, 2]}),
+        ("has a tokenizer 'spm' .*; read are byte-level ones", {"model": "spm"}),
+    ],
+)
+def test_damaged_tokenizers_are_refused(tmp_path, message, changes):
+    with pytest.raises(WeightsFileError, match=message):
+        ByteLevelTokenizer.from_gguf(write_tokenizer(tmp_path / "m.gguf", **changes))
+
+
+@few_or_many
+def test_mutated_tokenizers_work_or_are_refused(tmp_path, count):
+    """Bytes changed after the header: most files are still GGUF, and it is the tokenizer that has to notice."""
+    path = write_tokenizer(tmp_path / "m.gguf")
+    whole, rng = path.read_bytes(), np.random.default_rng(count)
+
+    def contents():
+        for _ in range(count):
+            mutated = bytearray(whole)
+            for at in rng.integers(24, len(whole), rng.integers(1, 4)):
+                mutated[at] = rng.integers(32, 127) if rng.random() < 0.5 else rng.integers(256)
+            yield bytes(mutated)
+
+    def use(path):
+        tokenizer = ByteLevelTokenizer.from_gguf(path)
+        assert all(0 <= index < len(tokenizer.tokens) for index in tokenizer.encode("hello 12 naïve"))
+        try:
+            tokenizer.chat([{"role": "user", "content": "Hi"}])
+        except ValueError as error:
+            assert "chat template" in str(error)
+
+    assert 0.5 * count < refused_of(path, contents(), use) < count
+
+
+def test_bytes_that_a_vocabulary_lacks_are_left_out(smollm2):
+    assert len(set(ByteLevelTokenizer.byte_alphabet()) - set(smollm2.tokens)) == 21
+    assert smollm2.decode(smollm2.encode("a\x04b")) == "ab"
+
+
+@pytest.mark.slow
+def test_loading_needs_little_more_memory_than_the_weights():
+    script = """
+import resource, jax
+from zoo.backbones import load_smollm2
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+jax.numpy.zeros(3).block_until_ready()
+before = peak()
+variables = load_smollm2().variables
+print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) / 2**20)
+"""
+    added, weights = map(float, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    assert weights < added < 2.3 * weights

@@ -19,12 +19,18 @@ _PRE_TOKENIZERS = ("smollm", "gpt-2")  # tokenizer.ggml.pre that are known here
 
 
 class ByteLevelTokenizer:
-    """GPT-2's byte-level BPE, any text to tokens and back without loss.
+    """GPT-2's byte-level BPE: any text to tokens and back without loss, if the vocabulary has all 256 bytes.
+
+    Bytes that it lacks are left out, as by the library that published models use. SmolLM2's lacks 21, which occur in
+    six control characters and in the first characters of some planes beyond those of living scripts.
 
     Attributes:
       tokens: by id.
       end: id of the token that ends a turn or text, or None.
       template: Jinja source of the chat's layout, or None.
+
+    Raises:
+      ValueError: a token occurs twice or does not exist, or a merge does not make a token of two others.
     """
 
     def __init__(
@@ -42,10 +48,18 @@ class ByteLevelTokenizer:
         except ModuleNotFoundError:
             raise ModuleNotFoundError("tokenizing needs the tokenizers package: pip install 'zoo[gguf]'") from None
         self.tokens, self.end, self.template = list(tokens), end, template
-        if any(merge.count(" ") != 1 for merge in merges):
-            raise ValueError("every merge must be two tokens with a space between")
-        pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
         vocabulary = {token: index for index, token in enumerate(self.tokens)}
+        if len(vocabulary) < len(self.tokens):
+            raise ValueError(f"{len(self.tokens) - len(vocabulary)} of {len(self.tokens)} tokens occur twice")
+        for index in (*special, *(() if end is None else (end,))):
+            if not 0 <= index < len(self.tokens):
+                raise ValueError(f"token {index} does not exist: there are {len(self.tokens)}")
+        pairs = []
+        for merge in merges:
+            left, space, right = merge.partition(" ")
+            if not (space and left in vocabulary and right in vocabulary and left + right in vocabulary):
+                raise ValueError(f"merge {merge!r} is not two tokens with a space between that make a third")
+            pairs.append((left, right))
         self._tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
         byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         digits = [tokenizers.pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
@@ -67,15 +81,20 @@ class ByteLevelTokenizer:
             raise WeightsFileError(
                 f"{path} has a tokenizer {kind!r} ({pre!r}); read are byte-level ones, {', '.join(_PRE_TOKENIZERS)}"
             )
+        tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
+        kinds = np.asarray(metadata.get("tokenizer.ggml.token_type"))
+        end, template = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.chat_template")
         try:
-            tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
-            kinds = np.asarray(metadata["tokenizer.ggml.token_type"])
-            return cls(
-                tokens, merges, np.flatnonzero(kinds == _SPECIAL).tolist(), split_digits=pre == "smollm",
-                end=metadata.get("tokenizer.ggml.eos_token_id"), template=metadata.get("tokenizer.chat_template"),
-            )  # fmt: skip
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise WeightsFileError(f"{path} has a damaged tokenizer: {error!r}") from None
+            if not (isinstance(tokens, list) and isinstance(merges, list) and kinds.shape == (len(tokens),)):
+                raise ValueError("tokens and merges must be lists of strings, token_type as long as the tokens")
+            if not isinstance(end, int | None) or not isinstance(template, str | None):
+                raise ValueError(
+                    f"eos_token_id must be an integer and chat_template a string, got {end!r}, {template!r}"
+                )
+            special = np.flatnonzero(kinds == _SPECIAL).tolist()
+            return cls(tokens, merges, special, split_digits=pre == "smollm", end=end, template=template)
+        except ValueError as error:
+            raise WeightsFileError(f"{path} has a damaged tokenizer: {error}") from None
 
     @staticmethod
     def byte_alphabet() -> list[str]:

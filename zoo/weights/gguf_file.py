@@ -149,7 +149,7 @@ def open_gguf(path: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, GGUFT
     path = pathlib.Path(path)
     if path.stat().st_size < 24:
         raise WeightsFileError(f"{path} is not a GGUF file: {path.stat().st_size} bytes")
-    reader = _Reader(np.memmap(path, np.uint8, "r"))
+    reader = _Reader(np.asarray(np.memmap(path, np.uint8, "r")))  # slices of a memmap itself are slow
     if reader.bytes(4).tobytes() != b"GGUF":
         raise WeightsFileError(f"{path} is not a GGUF file: it starts with {reader.data[:4].tobytes()!r}")
     try:

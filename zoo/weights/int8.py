@@ -20,7 +20,9 @@ class Int8:
 
 
 def quantize_int8(variables: Any) -> Any:
-    """Variables with every matrix (two axes or more) as `Int8`, at a quarter of float32's memory.
+    """Variables with every matrix (two axes or more) as `Int8`, at a quarter of float32's memory while they are kept.
+
+    A program that computes with them multiplies them out first, and while it runs needs a float copy as well.
 
     A kernel has one scale for each output feature, an embedding one for each row: the largest magnitude is 127.
     """

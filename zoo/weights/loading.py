@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from zoo.files import atomic
-from zoo.weights.names import Rule, convert, flatten
-from zoo.weights.readers import Source, read
+from zoo.weights.names import Rule, convert, flatten, unflatten
+from zoo.weights.readers import Source, open_tensors
 
 COLLECTIONS = ("params", "batch_stats")
 _SAVED = (Rule("(.+)", "{0}"),)  # our own files hold our own paths
@@ -63,10 +63,12 @@ def load(
       NameMapError: names left over on either side or shapes that differ, all listed.
       And what `read` raises.
     """
-    published = read(source, key=key, sha256=sha256)
+    published = open_tensors(source, key=key, sha256=sha256)
     ours = all(name.split("/")[0] in COLLECTIONS for name in published)
     target = abstract_variables(model, example_inputs)
-    return jax.tree.map(jnp.asarray, convert(published, _SAVED if ours else rules, target))
+    arrays = flatten(convert(published, _SAVED if ours else rules, target))
+    del published  # and below each array in turn: no two copies of a checkpoint need be in memory
+    return unflatten({path: jnp.asarray(arrays.pop(path)) for path in list(arrays)})
 
 
 def save(variables: Mapping[str, Any], path: str | pathlib.Path) -> pathlib.Path:

@@ -446,6 +446,10 @@ def convert(state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule], target:
             refused.update(paths)
             continue
         for path, section in zip(paths, sections, strict=True):
+            want = expected.get(path)
+            if want is not None and _kind(section.dtype) == _kind(want.dtype):
+                # Here already, so that no transposed view keeps the published array in memory.
+                section = np.ascontiguousarray(section, dtype=want.dtype).reshape(section.shape)
             pieces[path].append(_Piece(rule, part, len(rule.patterns), name, section))
 
     result = {}

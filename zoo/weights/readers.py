@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from zoo.weights.errors import WeightsFileError
-from zoo.weights.gguf_file import open_gguf
+from zoo.weights.gguf_file import GGUFTensor, open_gguf
 from zoo.weights.hub import check_sha256, download
 
 Source = str | pathlib.Path | Mapping[str, Any]
@@ -52,6 +52,12 @@ def read(source: Source, *, key: str | None = None, sha256: str | None = None) -
       ModuleNotFoundError: a package is missing; says which extra to install.
       WeightsFileError (a ValueError): the file is damaged, holds code, has another hash, or is of an unknown kind.
     """
+    return dict(open_tensors(source, key=key, sha256=sha256))
+
+
+def open_tensors(source: Source, *, key: str | None = None, sha256: str | None = None) -> Mapping[str, np.ndarray]:
+    """Like `read`, but the arrays of a GGUF file are dequantised one by one, each time that they are asked for."""
+    tensors: Mapping[str, np.ndarray]
     if isinstance(source, Mapping):
         tensors = _state_dict(source, key, "the state dict")
     elif isinstance(source, str) and source.startswith("hf://"):
@@ -99,7 +105,7 @@ def _locate(path: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _read_file(path: pathlib.Path, key: str | None, locate: Callable[[str], pathlib.Path]) -> dict[str, np.ndarray]:
+def _read_file(path: pathlib.Path, key: str | None, locate: Callable[[str], pathlib.Path]) -> Mapping[str, np.ndarray]:
     name = path.name
     if name.endswith(_TORCH_SUFFIXES):
         return _state_dict(_read_torch(path), key, str(path))
@@ -110,12 +116,27 @@ def _read_file(path: pathlib.Path, key: str | None, locate: Callable[[str], path
     if name.endswith(".index.json"):
         return _read_sharded(path, locate)
     if name.endswith(".gguf"):
-        _, tensors = open_gguf(path)
-        return {tensor: stored.dequantize() for tensor, stored in tensors.items()}
+        return _Dequantized(open_gguf(path)[1])
     raise WeightsFileError(
         f"{path}: unknown kind of file; expected {', '.join(_TORCH_SUFFIXES)}, .safetensors, .safetensors.index.json "
         "or .gguf"
     )
+
+
+class _Dequantized(Mapping[str, np.ndarray]):
+    """The tensors of a GGUF file by name, as arrays."""
+
+    def __init__(self, stored: Mapping[str, GGUFTensor]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.stored[name].dequantize()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
