@@ -22,6 +22,7 @@ import numpy as np
 
 from zoo import mixers
 from zoo.backbones.transformer import TransformerConfig, check_positive, make_blocks
+from zoo.layers.dropout import Dropout
 from zoo.layers.partitioning import dense, keep_batch_cut, partitioned
 from zoo.layers.positions import fairseq_sinusoids
 from zoo.layers.rotary import Rotary
@@ -138,7 +139,7 @@ class DecoderLM(nn.Module):
         self.embed = embed(config.vocab_size, embedding_init=partitioned(config.kernel_init, "vocab", "embed"))
         if config.positions == "learned":
             self.positions = embed(config.max_length, embedding_init=partitioned(config.kernel_init, None, "embed"))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layer = make_blocks(config, **options)
         if config.norm_position == "pre":
             self.norm = config.make_norm(**options)
@@ -200,7 +201,7 @@ class DecoderLM(nn.Module):
             x = x + self.positions(jnp.maximum(positions, 0))
         elif config.positions == "sinusoidal":
             x = x + fairseq_sinusoids(jnp.maximum(positions, 0), config.features).astype(x.dtype)
-        x = self.dropout(x, deterministic=deterministic)
+        x = self.dropout(x, train=not deterministic)
         states = []
         for layer, block in enumerate(self.layer):
             x, next_state = block(x, None if state is None else state.layers[layer], valid, deterministic)

@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 from zoo import mixers
 from zoo.errors import unknown
 from zoo.layers.drop_path import DropPath
+from zoo.layers.dropout import Dropout
 from zoo.layers.mlp import MLP, check_mlp
 from zoo.layers.norms import NormKind, norm
 from zoo.layers.partitioning import keep_batch_cut
@@ -185,11 +186,11 @@ class Block(nn.Module):
             config.mlp_features or 4 * config.features, config.mlp, config.mlp_bias,
             kernel_init=config.kernel_init, out_init=config.out_init, name="mlp", **options,
         )  # fmt: skip
-        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        dropout = Dropout(config.dropout)
         drop_path = DropPath(config.drop_path * self.layer / max(config.layers - 1, 1))
 
         def branch(y: jax.Array) -> jax.Array:
-            return drop_path(dropout(y), deterministic=deterministic)
+            return drop_path(dropout(y, train=not deterministic), deterministic=deterministic)
 
         if config.norm_position == "pre":
             y, state = mixer(norm1(x), state, valid=valid, deterministic=deterministic)

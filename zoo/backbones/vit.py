@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from zoo.backbones.encoder import Encoder, EncoderConfig
 from zoo.backbones.transformer import check_positive
 from zoo.errors import unknown
+from zoo.layers.dropout import Dropout
 from zoo.layers.partitioning import dense, partitioned
 from zoo.layers.patches import PatchEmbedding
 from zoo.layers.positions import resize_grid, sinusoid_grid
@@ -99,7 +100,7 @@ class ViT(nn.Module):
         if config.positions == "learned":
             rows = config.grid[0] * config.grid[1] + special
             self.position_table = self.param("positions", init, (1, rows, config.features), self.param_dtype)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.encoder = Encoder(config, **options)
         if config.classes is not None:
             self.head = dense(config.classes, ("embed", None), kernel_init=nn.initializers.zeros_init(), **options)
@@ -142,4 +143,4 @@ class ViT(nn.Module):
                 token = token + self.position_table[:, :1]
             token = jnp.broadcast_to(token.astype(x.dtype), (batch, 1, config.features))
             x = jnp.concatenate([token, x], axis=1)
-        return self.encoder(self.dropout(x, deterministic=deterministic), deterministic=deterministic)
+        return self.encoder(self.dropout(x, train=not deterministic), deterministic=deterministic)
