@@ -38,11 +38,17 @@ DECODE_CHUNK = 4096  # keys of all heads that are fetched at once when decoding
 
 
 def device() -> pltpu.TpuInfo:
-    """Of the device traced for: the context's mesh, else the process's default device; v5e where that is no TPU."""
+    """Of the device traced for: the context's mesh, else the process's default device.
+
+    Where that is no TPU, the program may be for any: a v5e with no more VMEM than a v5p has.
+    """
     try:
         return pltpu.get_tpu_info()
     except ValueError:
-        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
+        any_chip, least = (
+            pltpu.get_tpu_info_for_chip(chip, 1) for chip in (pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P)
+        )
+        return dataclasses.replace(any_chip, vmem_capacity_bytes=least.vmem_capacity_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
