@@ -336,8 +336,8 @@ def fit_detector(
     steps = min(len(data) // options.batch_size, options.steps_per_epoch or len(data))
     optimizer = train.build_optimizer(
         train.OptimizerConfig(
-            learning_rate=options.learning_rate, schedule="cosine", warmup_steps=min(steps, 50), weight_decay=0.05,
-            clip_norm=1.0,
+            learning_rate=options.learning_rate, schedule="cosine", warmup_steps=min(options.epochs * steps // 10, 50),
+            weight_decay=0.05, clip_norm=1.0,
         ),
         total_steps=options.epochs * steps,
     )  # fmt: skip
