@@ -68,7 +68,7 @@ def selective_scan(
     check_chunk_size(chunk_size)
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, groups, channels) and not empty, got {x.shape}")
-    batch, time, groups, channels = x.shape
+    batch, _, groups, channels = x.shape
     if a.ndim != 3 or a.shape[:2] != (groups, channels) or a.shape[2] == 0:
         raise ValueError(f"a must be (groups, channels, N) = ({groups}, {channels}, N >= 1), got {a.shape}")
     size = a.shape[2]
@@ -87,8 +87,9 @@ def selective_scan(
     if state is None:
         state = jnp.zeros((batch, groups, channels, size))
     check_array("state", state, (batch, groups, channels, size))
+    wide_skip, wide_bias = (vector.astype(jnp.float32) for vector in vectors)
     operands = Operands(
-        x, delta, b, c, gate, a.astype(jnp.float32).swapaxes(1, 2), *(v.astype(jnp.float32) for v in vectors),
+        x, delta, b, c, gate, a.astype(jnp.float32).swapaxes(1, 2), wide_skip, wide_bias,
         state.astype(jnp.float32).swapaxes(2, 3),
     )  # fmt: skip
     options = Options(bool(softplus), bool(reverse), chunk_size)
@@ -99,14 +100,13 @@ def selective_scan(
     return out, final.swapaxes(2, 3)
 
 
-def _axes(operands: Operands) -> Operands:
+def _axes(operands: Operands) -> Any:
     """Letters as of `kernels.common.by_platform`: a mesh cuts the groups, or the channels of a single one."""
     group, channel = (".", "h") if operands.x.shape[2] == 1 else ("h", ".")
     rows, shared, vector = f"b.{group}{channel}", f"b.{group}.", f"{group}{channel}"
     gate = None if operands.gate is None else rows
-    return Operands(
-        rows, rows, shared, shared, gate, f"{group}.{channel}", vector, vector, f"b{group}.{channel}"
-    )  # type: ignore[arg-type]  # fmt: skip
+    letters: Any = (rows, rows, shared, shared, gate, f"{group}.{channel}", vector, vector, f"b{group}.{channel}")
+    return Operands(*letters)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -1,4 +1,8 @@
-"""The selective scan for XLA: a loop over chunks; the backward pass keeps the states of one chunk at a time."""
+"""The selective scan for XLA: the backward pass goes through chunks and keeps the states of one at a time.
+
+The forward pass is the definition's, which keeps no states: on a CPU chunks and unrolled tokens were
+slower.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels.recurrent.layout import chunk_length, pad_time
-from kernels.selective_scan.operands import Operands, Options, finish, finish_backward, steps
+from kernels.selective_scan.operands import Operands, Options, finish_backward, steps
+from kernels.selective_scan.reference import forward
+
+__all__ = ["backward", "forward"]
 
 _CHUNK_SIZE = 64
-_UNROLL = 8  # tokens a pass of the inner loop, whose own cost is that of a small state's token
 
 
 def _cut(array: jax.Array, length: int) -> jax.Array:
@@ -40,47 +46,30 @@ def _wide(*arrays: jax.Array | None) -> list[Any]:
     return [None if array is None else array.astype(jnp.float32) for array in arrays]
 
 
+def _product(subscripts: str, first: jax.Array, second: jax.Array) -> jax.Array:
+    # Not a sum of products: XLA's CPU compiler would fuse the recurrence into that, and compute it again and again.
+    return jnp.einsum(subscripts, first, second, precision="highest")
+
+
 def _next(state: jax.Array, step: jax.Array, driven: jax.Array, b: jax.Array, a: jax.Array) -> jax.Array:
     """A token's recurrence: state (B, G, N, E); step and driven = step x (B, G, E); b (B, G, N)."""
     return jnp.exp(step[:, :, None] * a) * state + b[..., None] * driven[:, :, None]
-
-
-def forward(operands: Operands, options: Options) -> tuple[jax.Array, jax.Array]:
-    """As `reference.forward`."""
-    time = operands.x.shape[1]
-    length, cuts = _cuts(operands, options)
-
-    def token(state: jax.Array, now: Any) -> tuple[jax.Array, jax.Array]:
-        step, driven, b, c = now
-        state = _next(state, step, driven, b, operands.a)
-        return state, jnp.sum(c[..., None] * state, axis=2)
-
-    def chunk(state: jax.Array, now: Any) -> tuple[jax.Array, jax.Array]:
-        x, delta, b, c, gate = _wide(*now[:5])
-        step = steps(delta, operands.delta_bias, now[5], options.softplus).step
-        state, y = jax.lax.scan(
-            token, state, (step, step * x, b, c), reverse=options.reverse, unroll=min(_UNROLL, length)
-        )
-        return state, finish(y, x, operands.skip, gate).astype(operands.x.dtype)
-
-    state, out = jax.lax.scan(chunk, operands.state, cuts, reverse=options.reverse)
-    return _join(out, time), state
 
 
 def backward(operands: Operands, d_out: jax.Array, d_final: jax.Array, options: Options) -> Operands:
     """Gradients of every operand."""
     time, a = operands.x.shape[1], operands.a
     length, cuts = _cuts(operands, options)
-    unroll = min(_UNROLL, length)
 
     def token(state: jax.Array, now: Any) -> tuple[jax.Array, jax.Array]:
-        return _next(state, *now, a), state
+        step, driven, b = now
+        return _next(state, step, driven, b, a), state
 
     def advance(state: jax.Array, now: Any) -> tuple[jax.Array, jax.Array]:
         x, delta, b = _wide(*now[:3])
         step = steps(delta, operands.delta_bias, now[5], options.softplus).step
         after, _ = jax.lax.scan(
-            lambda h, t: (_next(h, *t, a), None), state, (step, step * x, b), reverse=options.reverse, unroll=unroll
+            lambda h, t: (token(h, t)[0], None), state, (step, step * x, b), reverse=options.reverse
         )
         return after, state
 
@@ -91,13 +80,13 @@ def backward(operands: Operands, d_out: jax.Array, d_final: jax.Array, options: 
         decay = jnp.exp(step[:, :, None] * a)
         d_state += c[..., None] * d_y[:, :, None]
         after = decay * before + b[..., None] * driven[:, :, None]
-        d_c = jnp.sum(after * d_y[:, :, None], axis=3)
-        d_b = jnp.sum(d_state * driven[:, :, None], axis=3)
-        d_driven = jnp.sum(d_state * b[..., None], axis=2)
+        d_c = _product("bgne,bge->bgn", after, d_y)
+        d_b = _product("bgne,bge->bgn", d_state, driven)
+        d_driven = _product("bgne,bgn->bge", d_state, b)
         d_before = decay * d_state
         d_exponent = d_before * before
         d_a += d_exponent * step[:, :, None]
-        return (d_before, d_a), (d_b, d_c, d_driven, jnp.sum(d_exponent * a, axis=2))
+        return (d_before, d_a), (d_b, d_c, d_driven, _product("bgne,gne->bge", d_exponent, a))
 
     def retreat(carry: Any, now: Any) -> tuple[Any, Any]:
         d_state, d_a, d_skip, d_bias = carry
@@ -105,12 +94,12 @@ def backward(operands: Operands, d_out: jax.Array, d_final: jax.Array, options: 
         x, delta, b, c, gate = _wide(*inputs[:5])
         rows = steps(delta, operands.delta_bias, inputs[5], options.softplus)
         driven = rows.step * x
-        last, before = jax.lax.scan(token, first, (rows.step, driven, b), reverse=options.reverse, unroll=unroll)
+        last, before = jax.lax.scan(token, first, (rows.step, driven, b), reverse=options.reverse)
         if gate is None:
             y = x  # of no consequence
         else:
             ends = [before[1:], last[None]] if not options.reverse else [last[None], before[:-1]]
-            y = jnp.einsum("tbgn,tbgne->tbge", c, jnp.concatenate(ends), precision="highest")
+            y = _product("tbgn,tbgne->tbge", c, jnp.concatenate(ends))
         d_y, d_gate = finish_backward(d_out.astype(jnp.float32), y, x, operands.skip, gate)
         (d_state, d_a), (d_b, d_c, d_driven, d_step) = jax.lax.scan(
             token_back, (d_state, d_a), (before, rows.step, driven, b, c, d_y), reverse=not options.reverse
@@ -127,5 +116,5 @@ def backward(operands: Operands, d_out: jax.Array, d_final: jax.Array, options: 
     (d_state, d_a, d_skip, d_bias), wide = jax.lax.scan(
         retreat, (d_final, *zeros), (states, _cut(d_out, length), *cuts), reverse=not options.reverse
     )
-    joined = [None if d is None else _join(d, time) for d in wide]
-    return Operands(*joined, d_a.sum(0), d_skip, d_bias, d_state)  # type: ignore[arg-type]
+    d_x, d_delta, d_b, d_c, d_gate = (None if d is None else _join(d, time) for d in wide)
+    return Operands(d_x, d_delta, d_b, d_c, d_gate, d_a.sum(0), d_skip, d_bias, d_state)  # type: ignore[arg-type]

@@ -208,7 +208,7 @@ def _backwards(plan: _Plan) -> Callable[[jax.Array], jax.Array]:
 
 
 def _advance(refs: _Laid, plan: _Plan, chunk: jax.Array, state: jax.Array, scratch: Any, visit: Any) -> jax.Array:
-    """The state after a chunk; `visit(token, before, after, c)` sees every token. Fills the scratch `step`, `driven`."""
+    """The state after a chunk; `visit(token, before, after, c)` sees every token. Fills the scratch."""
     step_ref, driven_ref = scratch
     rows = steps(refs.delta[...], refs.delta_bias[...], _exists(plan, chunk), plan.options.softplus)
     step_ref[...] = rows.step
@@ -248,7 +248,7 @@ def forward(operands: Operands, options: Options, *, interpret: bool) -> tuple[j
     out, final = _call(
         kernel, (laid,), plan, 6,
         in_specs=(_operand_blocks(laid, blocks),),
-        out_shape=(jax.ShapeDtypeStruct(laid.x.shape, laid.x.dtype), jax.ShapeDtypeStruct(laid.state.shape, jnp.float32)),
+        out_shape=tuple(jax.ShapeDtypeStruct(like.shape, like.dtype) for like in (laid.x, laid.state)),
         out_specs=(blocks.rows, blocks.state),
         scratch_shapes=[rows, rows, rows],
         interpret=interpret,
