@@ -1,7 +1,7 @@
 """Recurrent cores: chunks against token by token on this CPU, decoding, and what the TPU compiler schedules.
 
     python -m benchmarks.recurrent            # all of it, a few minutes
-    python -m benchmarks.recurrent cpu        # or: decode, tpu, memory
+    python -m benchmarks.recurrent cpu        # or: scan, decode, tpu, memory
 
 CPU: T = 2048, batch 1, 4 heads of 64, float32, the median of several runs; PyTorch eager, one step a token, as the
 operator is defined. TPU: published sizes of the 1.3B models in bfloat16, scheduled, not measured.
@@ -22,6 +22,7 @@ import numpy as np
 
 from kernels.delta_rule import delta_rule
 from kernels.linear_attention import linear_attention
+from kernels.selective_scan import selective_scan
 
 CORES: dict[str, tuple[Callable[..., Any], dict[str, Any], str | None]] = {  # function, options, decay
     "linear": (linear_attention, {}, None),
@@ -154,6 +155,64 @@ def decode() -> Iterable[str]:
         yield f"{name:18}" + "".join(f"{1e6 * x:>8.0f}us" for x in row)
 
 
+def _scan_arrays(length: int, channels: int, size: int) -> dict[str, np.ndarray]:
+    """Inputs of the selective scan of one sequence, float32."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    rows, narrow = (1, length, 1, channels), (1, length, 1, size)
+    return {
+        "x": normal(*rows), "delta": normal(*rows), "a": -np.exp(normal(1, channels, size)), "b": normal(*narrow),
+        "c": normal(*narrow), "skip": normal(1, channels), "gate": normal(*rows), "delta_bias": normal(1, channels),
+    }  # fmt: skip
+
+
+def torch_selective_scan(inputs: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """The selective scan as a few lines of PyTorch."""
+    import torch
+
+    arrays = {name: torch.from_numpy(x) for name, x in inputs.items()}
+    a, skip, bias = (arrays[name][0] for name in ("a", "skip", "delta_bias"))
+    x, raw, b, c, gate = (arrays[name][:, :, 0] for name in ("x", "delta", "b", "c", "gate"))
+
+    def run() -> Any:
+        delta = torch.nn.functional.softplus(raw + bias)
+        decay, driven = (delta[..., None] * a).exp(), (delta * x)[..., None] * b[:, :, None]
+        state, outs = torch.zeros(x.shape[0], *a.shape), []
+        for t in range(x.shape[1]):
+            state = decay[:, t] * state + driven[:, t]
+            outs.append((state @ c[:, t, :, None])[..., 0])
+        return (torch.stack(outs, 1) + skip * x) * torch.nn.functional.silu(gate)
+
+    return run
+
+
+def scan(length: int = 2048) -> Iterable[str]:
+    """The selective scan and its gradients, against the scan over tokens; forward (the same scan) against PyTorch."""
+    yield f"{'T = ' + str(length):18}{'':10}{'chunked':>10}{'tokens':>10}{'ratio':>8}{'torch':>10}{'ratio':>8}"
+    for channels, size in ((64, 16), (1536, 16)):
+        inputs = _scan_arrays(length, channels, size)
+        on_device = jax.tree.map(jnp.asarray, inputs)
+        for what in ("forward", "gradient"):
+            times = []
+            for implementation in ("chunked", "reference"):
+                run = partial(_first_output, selective_scan, {"softplus": True, "implementation": implementation})
+                grad: Callable[..., Any] = jax.grad(partial(_sum_of, run))
+                times.append(_run_seconds(run if what == "forward" else grad, on_device, 5))
+            fast, slow = times
+            line = f"{f'{channels} x {size}':18}{what:10}{1e3 * fast:>8.1f}ms{1e3 * slow:>8.1f}ms{slow / fast:>7.1f}x"
+            if what == "forward":
+                torch_time = seconds(torch_selective_scan(inputs), 3)
+                line += f"{1e3 * torch_time:>8.0f}ms{torch_time / fast:>7.1f}x"
+            yield line
+
+
+def _sum_of(run: Callable[..., Any], named: dict[str, jax.Array]) -> jax.Array:
+    return run(named).sum()
+
+
 def _published_step(name: str, length: int) -> tuple[Callable[..., Any], dict[str, jax.ShapeDtypeStruct]]:
     """A core between projections: arrays (batch, time, heads x width) in and out, as a layer has them."""
     function, options, _ = CORES[name]
@@ -212,7 +271,7 @@ def memory(target: str = "tpu-v5e") -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    parts = {"cpu": cpu, "decode": decode, "tpu": tpu, "memory": memory}
+    parts = {"cpu": cpu, "scan": scan, "decode": decode, "tpu": tpu, "memory": memory}
     for part in sys.argv[1:] or parts:
         for line in parts[part]():
             print(line, flush=True)

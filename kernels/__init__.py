@@ -14,6 +14,7 @@ from kernels.attention_readout import (
 from kernels.delta_rule import delta_rule
 from kernels.linear_attention import linear_attention
 from kernels.prob_sparse import prob_sparse_attention
+from kernels.selective_scan import selective_scan
 from kernels.spanning_window import spanning_window_attention
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "delta_rule",
     "linear_attention",
     "prob_sparse_attention",
+    "selective_scan",
     "spanning_window_attention",
 ]

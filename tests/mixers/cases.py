@@ -67,6 +67,7 @@ CASES = [
     Case(
         "ssd", "grouped", {"heads": 4, "state_size": 4, "groups": 2, "kernel_size": 3}, bidirectional=False, slow=True
     ),
+    Case("s6", "plain", {"state_size": 4}, bidirectional=False),
     Case("deltanet", "plain", {"heads": 2}, bidirectional=False),
     Case("gated_deltanet", "plain", {"heads": 2}, bidirectional=False),
     Case("gated_convolution", "plain", {}, bidirectional=False),

@@ -8,6 +8,7 @@ from zoo.mixers import (  # noqa: F401  registers
     momentum,
     pavlovian,
     retention,
+    selective_scan,
     softmax,
     state_space,
 )
