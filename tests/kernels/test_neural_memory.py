@@ -57,8 +57,8 @@ class Case:
         arrays = {name: normal(rng, batch, time, self.heads, self.width) for name in ("query", "key", "value")}
         arrays |= {"query": unit(arrays["query"]), "key": unit(arrays["key"])}
         arrays |= {
-            "alpha": jax.nn.sigmoid(normal(rng, *gates) - 2),
-            "theta": 0.1 * jax.nn.sigmoid(normal(rng, *gates)),
+            "alpha": jax.nn.sigmoid(normal(rng, *gates) - 4),
+            "theta": 0.02 * jax.nn.sigmoid(normal(rng, *gates)),
         }
         if self.momentum:
             arrays["eta"] = jax.nn.sigmoid(normal(rng, *gates))
