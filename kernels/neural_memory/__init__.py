@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,9 @@ def neural_memory(
       lengths: int (batch,), tokens of each sequence that exist, first ones first; the outputs of others mean nothing.
         None is all of them.
       implementation: "reference", "chunked", "tpu", "gpu", or None for the platform compiled for. The Pallas kernels
-        take chunk sizes that are powers of 2 of at least 16; with others None is "chunked" everywhere. Where a head's
-        weights do not fit a GPU's registers (64 channels, 4 times as many hidden: 256 KB with momentum), None is
-        "chunked" there too.
+        take chunk sizes that are powers of 2 of at least 16; with others None is "chunked" everywhere. On a GPU None
+        is "chunked" also where a head's weights and momentum are more than the 4096 numbers that fit the registers (two
+        layers of 16 channels, 64 hidden, fit): the kernel runs there if named, but spills.
 
     Returns:
       out (batch, time, heads, D) in the inputs' dtype, and the state after the last token.
@@ -81,7 +81,7 @@ def neural_memory(
     check_implementation(implementation)
     _check(query, key, value, alpha, eta, theta, memory, norm, chunk_size, lengths)
     implementation = _choose(chunk_size, implementation)
-    batch, time = query.shape[:2]
+    batch = query.shape[0]
     gates = [None if x is None else x.astype(jnp.float32) for x in (alpha, eta, theta)]
     aligned = not isinstance(memory, MemoryState) and lengths is None
     if not isinstance(memory, MemoryState):
@@ -117,9 +117,15 @@ def _positions(time: int, memory: MemoryState, chunk_size: int, lengths: jax.Arr
     return live, complete, (memory.tokens + lengths) % chunk_size
 
 
-def _reference(query, key, value, gates, memory, norm, chunk_size, lengths):
+def _reference(
+    query: jax.Array, key: jax.Array, value: jax.Array, gates: Any, memory: MemoryState, norm: Any, chunk_size: int,
+    lengths: jax.Array | None,
+) -> tuple[jax.Array, MemoryState]:  # fmt: skip
     live, complete, tokens = _positions(query.shape[1], memory, chunk_size, lengths)
-    out, states = reference.forward(query, key, value, *gates, live, complete, *memory[:3], norm)
+    alpha, eta, theta = gates
+    out, states = reference.forward(
+        query, key, value, alpha, eta, theta, live, complete, memory.weights, memory.momentum, memory.border, norm
+    )
     return out, MemoryState(*states, tokens)
 
 
@@ -152,7 +158,9 @@ class _Run(NamedTuple):
         """From any token on, each sequence from its own: tokens move to where chunks of the loop end at borders."""
         time = inputs["query"].shape[1]
         live, complete, tokens = _positions(time, memory, self.chunk_size, lengths)
-        inputs = inputs | {name: x.astype(jnp.float32)[..., None] for name, x in (("live", live), ("complete", complete))}
+        inputs = inputs | {
+            name: x.astype(jnp.float32)[..., None] for name, x in (("live", live), ("complete", complete))
+        }
         if time > 1:
             place = jnp.arange(round_up(time + self.chunk_size - 1, self.chunk_size))[None] - memory.tokens[:, None]
             inputs = {name: _take(x, place) for name, x in inputs.items()}
@@ -161,13 +169,10 @@ class _Run(NamedTuple):
             out = _take(out, jnp.arange(time)[None] + memory.tokens[:, None])
         return out, memory._replace(tokens=tokens)
 
-    def _loop(
-        self, inputs: recurrent.Inputs, memory: MemoryState, *, aligned: bool
-    ) -> tuple[jax.Array, MemoryState]:
+    def _loop(self, inputs: recurrent.Inputs, memory: MemoryState, *, aligned: bool) -> tuple[jax.Array, MemoryState]:
         layers, heads, batch = len(memory.weights), inputs["query"].shape[2], inputs["query"].shape[0]
-        norm = () if self.norm is None else self.norm
         # Parameters that a chunk reads and leaves as they are, beside the state that it changes.
-        norm = tuple(jnp.broadcast_to(x[None, :, None], (batch, heads, 1, self.width)) for x in norm)
+        norm = tuple(jnp.broadcast_to(x[None, :, None], (batch, heads, 1, self.width)) for x in self.norm or ())
         chunk = Chunk(layers, self.width, bool(memory.momentum), bool(norm), aligned)
         state = (*memory.weights, *memory.momentum, *norm, *(() if aligned else memory.border))
         out, after = recurrent.run(inputs, state, chunk, self.chunk_size, self.implementation)
@@ -181,7 +186,11 @@ def _take(array: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0, wrap_negative_indices=False))(array, index)
 
 
-def _check(query, key, value, alpha, eta, theta, memory, norm, chunk_size, lengths) -> None:
+def _check(
+    query: jax.Array, key: jax.Array, value: jax.Array, alpha: jax.Array, eta: jax.Array | None, theta: jax.Array,
+    memory: Weights | MemoryState, norm: tuple[jax.Array, jax.Array] | None, chunk_size: int,
+    lengths: jax.Array | None,
+) -> None:  # fmt: skip
     check_heads(query, key, value)
     if not query.shape == key.shape == value.shape:
         raise ValueError(f"query, key and value must have one shape, got {query.shape}, {key.shape}, {value.shape}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -73,6 +75,6 @@ def forward(
 
     sequence = [None if x is None else x.astype(jnp.float32) for x in (query, key, value, alpha, eta, theta)]
     by_head = jax.vmap(one_head, in_axes=(1, 1, 1, 1, 1, 1, None, None, 0, 0, 0, 0), out_axes=(0, 1))
-    by_batch = jax.vmap(by_head, in_axes=(0,) * 11 + (None,))
+    by_batch: Any = jax.vmap(by_head, in_axes=(0,) * 11 + (None,))
     states, out = by_batch(*sequence, live, complete, weights, momentum, border, norm)
     return out.astype(dtype), states

@@ -70,6 +70,13 @@ def _plan(inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, ke
     )  # fmt: skip
 
 
+def fits(state: State, chunk: Chunk) -> bool:
+    """Whether a program's state stays in registers. One whose rows are channels of the value is cut until it does."""
+    if any(chunk.value_states):
+        return True
+    return sum(_padded(x.shape[-2]) * _padded(x.shape[-1]) for x in state if x.shape[-2] > 1) <= _STATE_SIZE["backward"]
+
+
 class _Place(NamedTuple):
     """Which head and block of the value's channels a program computes."""
 
