@@ -39,7 +39,8 @@ def step(time, heads, width, implementation=None, batch=1):
     ],
 )
 def test_forward_and_backward_are_tpu_kernels(target, heads, width):
-    kernels = compile_for(target, *step(512, heads, width)).kernels
+    function, arguments = step(512, heads, width)
+    kernels = compile_for(target, function, *arguments).kernels
     for kernel in ("forward", "states", "backward"):
         assert f"neural_memory_tpu_{kernel}" in kernels
 
@@ -53,6 +54,7 @@ def test_forward_and_backward_are_tpu_kernels(target, heads, width):
     ],
 )
 def test_a_gpu_program_holds_the_kernel_where_its_registers_do(width, implementation, held):
-    kernels = " ".join(compile_for("h100", *step(64, 4, width, implementation)).kernels)
+    function, arguments = step(64, 4, width, implementation)
+    kernels = " ".join(compile_for("h100", function, *arguments).kernels)
     for kernel in ("forward", "states", "backward"):
         assert (f"neural_memory_gpu_{kernel}" in kernels) == held
