@@ -34,6 +34,17 @@ _FORWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tp
 _BACKWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
 
 
+def _by_platform(
+    functions: dict[str, Callable[..., Any]], chunk: Chunk, chunk_size: int | None,
+    implementation: Implementation | None, inputs: Inputs, state: State, *operands: Any, axes: Any, out_axes: Any,
+) -> Any:  # fmt: skip
+    functions = {name: partial(f, chunk=chunk, chunk_size=chunk_size) for name, f in functions.items()}
+    if implementation is None and not gpu.fits(state, chunk):
+        plain = functions["chunked"]  # a kernel would spill its registers to memory at every chunk
+        functions["gpu"] = lambda *operands, interpret: plain(*operands)
+    return by_platform(functions, implementation, inputs, state, *operands, axes=axes, out_axes=out_axes)
+
+
 def run(
     inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, implementation: Implementation | None
 ) -> tuple[jax.Array, State]:
@@ -45,7 +56,8 @@ def run(
       state: arrays (B, H, rows, columns) float32.
       chunk: the core.
       chunk_size: tokens of a chunk, a power of 2, at least 16; None leaves it to the platform.
-      implementation: as for `kernels.common.by_platform`, without "reference".
+      implementation: as for `kernels.common.by_platform`, without "reference". None is "chunked" on a GPU where a
+        state that cannot be cut along the value's channels does not fit a program's registers.
 
     Returns:
       out (B, T, H, E) and the state after the last token.
@@ -69,9 +81,9 @@ def _run(
     inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, implementation: Implementation | None
 ) -> tuple[jax.Array, State]:
     state_axes = (_STATE_AXES,) * len(state)
-    return by_platform(
-        {name: partial(f, chunk=chunk, chunk_size=chunk_size) for name, f in _FORWARD.items()},
-        implementation, inputs, state, axes=(_axes(inputs), state_axes), out_axes=(_OUT_AXES, state_axes),
+    return _by_platform(
+        _FORWARD, chunk, chunk_size, implementation, inputs, state,
+        axes=(_axes(inputs), state_axes), out_axes=(_OUT_AXES, state_axes),
     )  # fmt: skip
 
 
@@ -90,9 +102,8 @@ def _backward(
 ) -> tuple[Inputs, State]:
     inputs, state = residuals
     state_axes = (_STATE_AXES,) * len(state)
-    return by_platform(
-        {name: partial(f, chunk=chunk, chunk_size=chunk_size) for name, f in _BACKWARD.items()},
-        implementation, inputs, state, *cotangents,
+    return _by_platform(
+        _BACKWARD, chunk, chunk_size, implementation, inputs, state, *cotangents,
         axes=(_axes(inputs), state_axes, _OUT_AXES, state_axes), out_axes=(_axes(inputs), state_axes),
     )  # fmt: skip
 

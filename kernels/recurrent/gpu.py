@@ -60,12 +60,21 @@ def _plan(inputs: Inputs, state: State, chunk: Chunk, chunk_size: int | None, ke
     batch, time, heads = inputs["query"].shape[:3]
     value = inputs["value"]
     columns = max(_padded(x.shape[-1]) for x in state)
-    block = min(max(_STATE_SIZE[kernel] // columns, _LEAST), _padded(value.shape[3]))
+    block = _padded(value.shape[3])
+    if any(chunk.value_states):
+        block = min(max(_STATE_SIZE[kernel] // columns, _LEAST), block)
     arithmetic = BFLOAT16 if value.dtype == jnp.bfloat16 else FLOAT32 if interpret else _THREE_TF32
     length = chunk_length(time, chunk_size or _CHUNK_SIZE, _LEAST)
     return _Plan(
         batch, time, heads, length, block, _padded(value.shape[3]) // block, chunk.value_states, arithmetic
     )  # fmt: skip
+
+
+def fits(state: State, chunk: Chunk) -> bool:
+    """Whether a program's state stays in registers. One whose rows are channels of the value is cut until it does."""
+    if any(chunk.value_states):
+        return True
+    return sum(_padded(x.shape[-2]) * _padded(x.shape[-1]) for x in state if x.shape[-2] > 1) <= _STATE_SIZE["backward"]
 
 
 class _Place(NamedTuple):
@@ -130,7 +139,9 @@ def _write_state(refs: Any, state: State, plan: _Plan, at: _Place, *chunk: jax.A
 
 
 def _pad_states(states: State, plan: _Plan) -> State:
-    return tuple(_pad_width(x, rows=of_value) for x, of_value in zip(states, plan.value_states, strict=True))
+    # A single row that is not the value's stays one: a vector, not a factor of products.
+    flags = zip(states, plan.value_states, strict=True)
+    return tuple(_pad_width(x, rows=of_value or x.shape[-2] > 1) for x, of_value in flags)
 
 
 def _like(tree: Any) -> Any:

@@ -21,6 +21,7 @@ class Arithmetic(NamedTuple):
 
     dtype: Any  # of the factors
     precision: Any = jax.lax.Precision.DEFAULT  # of float32 factors
+    fine: bool = False  # narrow factors in two parts each, three products: 16 bits of a factor count
 
 
 FLOAT32 = Arithmetic(jnp.float32, jax.lax.Precision.HIGHEST)
@@ -28,6 +29,8 @@ BFLOAT16 = Arithmetic(jnp.bfloat16)
 
 
 def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arithmetic) -> jax.Array:
+    if arithmetic.fine:
+        return _fine_product(a, b, axes, arithmetic._replace(fine=False))
     return jax.lax.dot_general(
         a.astype(arithmetic.dtype), b.astype(arithmetic.dtype), (((axes[0],), (axes[1],)), ((), ())),
         precision=arithmetic.precision, preferred_element_type=jnp.float32,

@@ -15,6 +15,9 @@ from kernels.recurrent.tile import BFLOAT16, FLOAT32, Arithmetic
 
 _LANES = 128
 _CHUNK_SIZE = 128
+# Of VMEM, for each byte of a step's state: the blocks in and out, twice each, what the loop carries and products.
+_VMEM_PER_STATE = 16
+_VMEM_DEFAULT, _VMEM_MOST = 16 << 20, 100 << 20
 _LEAST_TOKENS = 16  # rows of a bfloat16 register
 
 _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
@@ -153,11 +156,16 @@ def _call(
     batch = arguments[0]["query"].shape[0]
     steps = batch * plan.heads * plan.chunks
     arrays = jax.tree.leaves((arguments, options["out_shape"]))
+    state_bytes = 4 * plan.per_step * sum(x.size for x in jax.tree.leaves(shapes[1]))
+    vmem = min(_VMEM_PER_STATE * state_bytes, _VMEM_MOST)
     return pl.pallas_call(
         kernel,
         grid=(batch, plan.heads // plan.per_step, plan.chunks),
         in_specs=specs,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=vmem if vmem > _VMEM_DEFAULT else None,
+        ),
         cost_estimate=pl.CostEstimate(
             flops=cost.flops * steps,
             transcendentals=cost.transcendentals * steps,
