@@ -27,6 +27,8 @@ def adapter(variant: str, overrides: Mapping[str, Any], inputs: Arrays, state_di
     if variant == "mobilevig.grapher":
         return _grapher(overrides, inputs["x"], state_dict)
     options = {_OURS.get(name, name): value for name, value in overrides.items()}
+    if variant.startswith("mask_rcnn"):
+        return _mask_rcnn(variant, options, inputs, state_dict)
     if "head.weight" not in state_dict:
         model = zoo.create(f"{variant}_dense", **options)
         variables = zoo.load_weights(f"{variant}_dense", dict(state_dict), **options)
@@ -88,4 +90,19 @@ def _train_step(model: Any, variables: Any, inputs: Arrays) -> dict[str, np.ndar
         "loss_distill": np.asarray(parts.distillation).reshape(1),
         "grad_norms": np.asarray(norms, np.float32),
         "running_var": np.asarray(state["batch_stats"]["embed"]["norm"]["var"]),
+    }
+
+
+def _mask_rcnn(variant: str, options: Mapping[str, Any], inputs: Arrays, state_dict: Arrays) -> dict[str, np.ndarray]:
+    model = zoo.create(variant, **options)
+    variables = zoo.load_weights(variant, dict(state_dict), **options)
+    images, regions = inputs["image"], inputs["proposals"]
+    if regions.ndim == 2:  # of the only image
+        regions = regions[None]
+    proposals, found = jax.jit(model.apply)(variables, images, regions)
+    flat = {"cls_scores": found[0], "box_deltas": found[1], "mask_logits": found[2]}
+    return {
+        "rpn_scores": np.asarray(proposals[0]),
+        "rpn_deltas": np.asarray(proposals[1]),
+        **{name: np.asarray(x).reshape(-1, *x.shape[2:]) for name, x in flat.items()},
     }

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from zoo.papers.mobilevig.graph import knn_aggregate, neighbours_of, svga_aggregate, where_most_differs
 from zoo.papers.mobilevig.model import (
+    DetectorConfig,
     FeedForward,
     Grapher,
     InvertedResidual,
@@ -27,14 +28,17 @@ from zoo.papers.mobilevig.model import (
     MobileViG,
     MobileViGConfig,
     MobileViGFeatures,
+    MobileViGMaskRCNN,
+    detector_inputs,
     example_inputs,
     example_targets,
     loss,
 )
-from zoo.papers.mobilevig.weights import feature_rules, rules
+from zoo.papers.mobilevig.weights import detector_rules, feature_rules, rules
 from zoo.registry import Paper, Variant, register
 
 __all__ = [
+    "DetectorConfig",
     "FeedForward",
     "Grapher",
     "InvertedResidual",
@@ -42,6 +46,7 @@ __all__ = [
     "MobileViG",
     "MobileViGConfig",
     "MobileViGFeatures",
+    "MobileViGMaskRCNN",
     "knn_aggregate",
     "loss",
     "neighbours_of",
@@ -93,3 +98,12 @@ register(
     example_inputs=example_inputs,
     weight_rules=feature_rules,
 )(MobileViGFeatures)
+register(
+    PAPER,
+    *(
+        Variant(f"mask_rcnn_mobilevig_{name}", DetectorConfig(config), 32_325_546 if name == "m" else None)
+        for name, config in SIZES.items()
+    ),
+    example_inputs=detector_inputs,
+    weight_rules=detector_rules,
+)(MobileViGMaskRCNN)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.backbones.mask_rcnn import MaskRCNN, Proposals, Regions
 from zoo.layers.conv_norm import ConvNorm
 from zoo.layers.convolution import Conv
 from zoo.layers.drop_path import DropPath
@@ -260,6 +261,45 @@ class MobileViG(nn.Module):
         return self.body(images, train)
 
 
+@dataclasses.dataclass(frozen=True)
+class DetectorConfig:
+    """A Mask R-CNN on MobileViG.
+
+    Attributes:
+      backbone: its heads are not used.
+      num_classes: without the background.
+      pretrained: in training the backbone's batch norms keep their statistics; not so where it starts from nothing.
+      image_size: height and width in pixels of example inputs; any other will do.
+    """
+
+    backbone: MobileViGConfig
+    num_classes: int = 80
+    pretrained: bool = True
+    image_size: tuple[int, int] = (64, 64)
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
+
+
+class MobileViGMaskRCNN(nn.Module):
+    """`zoo.backbones.mask_rcnn.MaskRCNN` on `MobileViGFeatures`: children of the former under `detector`."""
+
+    config: DetectorConfig
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """See the class."""
+        config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        backbone = MobileViGFeatures(config.backbone, config.pretrained, **options)
+        self.detector = MaskRCNN(backbone, config.num_classes, **options)
+
+    def __call__(self, images: jax.Array, regions: jax.Array, train: bool = False) -> tuple[Proposals, Regions]:
+        """float (B, height, width, channels), standardised, and regions (B, R, 4) in pixels, to both stages' words."""
+        return self.detector(images, regions, train)
+
+
 def _check_images(images: jax.Array, channels: int) -> None:
     if images.ndim != 4 or images.shape[-1] != channels or 0 in images.shape:
         raise ValueError(f"images must be (batch, height, width, {channels}), got {images.shape}")
@@ -305,3 +345,15 @@ def loss(model: MobileViG, alpha: float = 0.5) -> Callable:
         return value, (model_state, {"accuracy": accuracy(logits, batch["labels"])})
 
     return loss_function
+
+
+def detector_inputs(config: DetectorConfig, batch_size: int) -> dict[str, np.ndarray]:
+    """`images` of normal values, and two `regions` an image."""
+    height, width = config.image_size
+    regions = np.array([[0, 0, width / 2, height / 2], [width / 4, height / 4, width, height]], np.float32)
+    rng = np.random.default_rng(0)
+    shape = (batch_size, height, width, config.backbone.channels)
+    return {
+        "images": rng.standard_normal(shape, dtype=np.float32),
+        "regions": np.repeat(regions[None], batch_size, axis=0),
+    }
