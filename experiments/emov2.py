@@ -31,7 +31,8 @@ from zoo.data.augmentation import Recipe, standardise
 from zoo.data.bccd import CLASSES, DetectionData, LabelledBoxes, bccd
 from zoo.data.images import ImageData, handwritten_digits, sign_digits
 from zoo.data.tfds import array_record_source
-from zoo.papers.emov2 import DetectorConfig, EMOv2, EMOv2Config, RetinaNet, boxes, detection, loss, teacher_images
+from zoo.layers import boxes
+from zoo.papers.emov2 import DetectorConfig, EMOv2, EMOv2Config, RetinaNet, detection, loss, teacher_images
 from zoo.train.classifier import ClassifierConfig, fit_classifier
 
 ClaimName = Literal["training", "patterns", "block", "detection"]

@@ -14,8 +14,9 @@ from kernels import attention
 from tests.kernels.compile import assert_holds_kernel
 from tests.parameters import random_parameters
 from zoo import registry, weights
+from zoo.layers import boxes
 from zoo.papers import emov2
-from zoo.papers.emov2 import boxes, detection, generation, segmentation
+from zoo.papers.emov2 import detection, generation, segmentation
 from zoo.weights import names
 
 TINY = emov2.EMOv2Config(

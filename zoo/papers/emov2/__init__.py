@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from zoo.papers.emov2 import boxes, detection, generation, segmentation
+from zoo.papers.emov2 import detection, generation, segmentation
 from zoo.papers.emov2.detection import DetectorConfig, RetinaNet, SSDLite
 from zoo.papers.emov2.generation import Demo, DemoConfig, sample
 from zoo.papers.emov2.model import (
@@ -60,7 +60,6 @@ __all__ = [
     "Segmenter",
     "SegmenterConfig",
     "SpanningAttention",
-    "boxes",
     "detection",
     "fold",
     "generation",

@@ -13,7 +13,7 @@ import numpy as np
 
 from zoo.layers.conv_norm import ConvNorm
 from zoo.layers.convolution import Conv
-from zoo.papers.emov2.detection import FeaturePyramid
+from zoo.layers.feature_pyramid import FeaturePyramid
 from zoo.papers.emov2.model import EMOv2Config, EMOv2Features
 
 Head = Literal["segformer", "semantic_fpn", "deeplabv3", "pspnet"]
