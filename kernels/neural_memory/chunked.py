@@ -55,8 +55,8 @@ def remains(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         between += jnp.where(siblings & i_upper, column * until, 0.0)
         # Column j receives the product of the whole sibling, which its last token i holds.
         sibling = jnp.sum(jnp.where(siblings & ((i & (half - 1)) == half - 1), column, 0.0), axis=0, keepdims=True)
-        since = jnp.where(upper, since * sibling, since)
-        until = jnp.where(upper, until, until * sibling)
+        since = since * jnp.where(upper, sibling, 1.0)
+        until = until * jnp.where(upper, 1.0, sibling)
         shift += 1
     return between, as_column(since), until
 

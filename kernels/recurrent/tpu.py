@@ -47,10 +47,12 @@ class _Plan(NamedTuple):
         return self.in_block(array.shape[2]) * array.shape[3] % _LANES == 0
 
 
-def _plan(inputs: Inputs, chunk_size: int | None) -> _Plan:
+def _plan(inputs: Inputs, chunk: Chunk, chunk_size: int | None) -> _Plan:
     time, heads = inputs["query"].shape[1:3]
     arithmetic = BFLOAT16 if inputs["value"].dtype == jnp.bfloat16 else FLOAT32
     plan = _Plan(heads, 1, chunk_length(time, chunk_size or _CHUNK_SIZE, _LEAST_TOKENS), time, arithmetic)
+    if not any(chunk.value_states):
+        return plan  # a head is work enough, and libtpu fails on several of a neural memory's for v5e
     matrices = [x for x in inputs.values() if x.ndim == 4]
     for per_step in (1, 2, 4, 8):
         wider = plan._replace(per_step=per_step)
@@ -187,7 +189,7 @@ def forward(
     inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int | None, interpret: bool
 ) -> tuple[jax.Array, State]:
     """As `chunked.forward`."""
-    plan, value = _plan(inputs, chunk_size), inputs["value"]
+    plan, value = _plan(inputs, chunk, chunk_size), inputs["value"]
     out = jax.ShapeDtypeStruct((*value.shape[:2], plan.heads, value.shape[3]), value.dtype)
     laid_out, final = _advance(
         inputs, state, chunk, plan, interpret,
@@ -254,7 +256,7 @@ def backward(
     interpret: bool,
 ) -> tuple[Inputs, State]:  # fmt: skip
     """As `chunked.backward`."""
-    plan = _plan(inputs, chunk_size)
+    plan = _plan(inputs, chunk, chunk_size)
     states = _states(inputs, state, chunk, plan, interpret)
     input_widths, state_widths, value_width = _widths(inputs), _widths(state), d_out.shape[3]
 
