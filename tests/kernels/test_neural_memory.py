@@ -91,7 +91,7 @@ VARIANTS = {
 }
 
 
-QUICK = ("token", "matrix", "continued")
+QUICK = ("token", "matrix")
 
 
 @pytest.mark.parametrize(

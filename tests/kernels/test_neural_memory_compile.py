@@ -48,7 +48,7 @@ def test_forward_and_backward_are_tpu_kernels(target, heads, width):
 @pytest.mark.parametrize(
     ("width", "implementation", "held"),
     [
-        (64, None, False),
+        pytest.param(64, None, False, marks=pytest.mark.slow),
         pytest.param(16, None, True, marks=pytest.mark.slow),
         pytest.param(32, "gpu", True, marks=pytest.mark.slow),
     ],
