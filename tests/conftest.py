@@ -1,7 +1,9 @@
 """Settings of every test: CPU, eight simulated devices, one compilation cache for all processes."""
 
+import gc
 import os
 import pathlib
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -9,7 +11,28 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
+import jax
+import pytest
 from hypothesis import settings
+
+LINUX = sys.platform == "linux"
 
 settings.register_profile("zoo", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("zoo")
+
+
+def _resident_bytes() -> int:
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if LINUX else 0
+
+
+_bound = [5e9]
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """JAX keeps every program that it has compiled; those of thousands of tests would fill the machine."""
+    yield
+    if _resident_bytes() > _bound[0]:
+        jax.clear_caches()
+        gc.collect()
+        _bound[0] = max(5e9, _resident_bytes() + 1e9)

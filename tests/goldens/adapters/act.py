@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.goldens.pretrained import smollm2
 from tests.goldens.runner import Prefix
-from zoo.backbones import DecoderLM, load_smollm2
+from zoo.backbones import DecoderLM
 from zoo.papers import act
 
 
@@ -27,13 +27,8 @@ def adapter(
     return _real(inputs, options)
 
 
-@cache
-def _pretrained():
-    return load_smollm2()
-
-
 def _real(inputs, options) -> dict[str, Any]:
-    model, variables, _ = _pretrained()
+    model, variables, _ = smollm2()
     tokens = jnp.asarray(inputs["input_ids"], jnp.int32)
     heads = np.zeros((model.config.layers, 1, model.config.heads), bool)
     for layer, head in inputs["heads"].astype(int):

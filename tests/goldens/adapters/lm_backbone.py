@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ import numpy as np
 
 import zoo
 from kernels.attention_readout import attention_entries
+from tests.goldens.pretrained import smollm2
 from tests.goldens.runner import Prefix, Suffix
-from zoo.backbones import generate, load_smollm2
+from zoo.backbones import generate
 from zoo.backbones.checkpoints import MINILM_L6_V2
 from zoo.data.tokenizers import WordPieceTokenizer
 from zoo.layers.rotary import LinearScaling, Llama3Scaling, Rotary
@@ -113,13 +113,8 @@ def _generated(model, variables, tokens, valid, length: int = _GENERATED) -> np.
     return np.asarray(generate(model, variables, tokens, min(length, room), valid=valid).tokens)
 
 
-@cache
-def _pretrained():
-    return load_smollm2()
-
-
 def _smollm2(inputs) -> dict[str, Any]:
-    model, variables, tokenizer = _pretrained()
+    model, variables, tokenizer = smollm2()
     outputs: dict[str, Any] = {}
     for name, value in inputs.items():
         if name.startswith("text_"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from tests.goldens.pretrained import smollm2
 from tests.goldens.runner import Prefix
-from zoo.backbones import load_smollm2
 from zoo.papers import retrieval_head
 
 _STEPS = 30  # tokens of the real model's answers
@@ -54,13 +53,8 @@ def _summaries(inputs) -> dict[str, np.ndarray]:
     return outputs
 
 
-@cache
-def _pretrained():
-    return load_smollm2()
-
-
 def _real(inputs) -> dict[str, Any]:
-    model, variables, _ = _pretrained()
+    model, variables, _ = smollm2()
     prompt = jnp.asarray(inputs["prompt_ids"], jnp.int32)[None]
     state = retrieval_head.prefill(model, variables, prompt, _STEPS)
     shape = (model.config.layers, model.config.heads)
