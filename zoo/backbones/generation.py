@@ -94,7 +94,8 @@ def generate(
     """Continues a batch of prompts, all of it in one compiled program.
 
     Args:
-      model: a network with `init_state(batch, length)` and (tokens, state, valid=) -> (logits, state): `DecoderLM`.
+      model: a network with `init_state(batch, length)`, (tokens, state, valid=) -> (logits, state), and its two halves
+        `hidden` and `logits`: `DecoderLM`.
       variables: of the model, also int8 (`zoo.weights.quantize_int8`).
       prompt: int (batch, tokens).
       length: the most tokens to add; generation ends when all sequences have stopped.

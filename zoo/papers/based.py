@@ -172,6 +172,16 @@ class Based(nn.Module):
         """Logits (batch, time, padded_vocab_size) of the token after each, and the next state; see `DecoderLM`."""
         return self.decoder(tokens, state, valid=valid, deterministic=deterministic)
 
+    def hidden(
+        self, tokens: jax.Array, state: DecoderState | None = None, *, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, DecoderState | None]:
+        """What the head sees, (batch, time, features), and the next state; see `DecoderLM`."""
+        return self.decoder.hidden(tokens, state, valid=valid)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The head: (..., features) from `hidden` to float32 (..., padded_vocab_size)."""
+        return self.decoder.logits(x)
+
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> DecoderState:
         """The empty past of `batch_size` sequences of up to `length` tokens: constant in length, but for attention."""
