@@ -146,7 +146,7 @@ def test_wrong_call_says_what_was_expected(call, error, message):
 COMMANDS = [
     ("list nothing*", "no model matches 'nothing*'"),
     ("show informer_m24", "unknown model 'informer_m24'; did you mean"),
-    ("run informr", "unknown experiment 'informr'; did you mean 'informer'?"),
+    ("run informr", "unknown experiment 'informr'; did you mean 'informer'"),
     ("run informer --preset cpus", "unknown preset 'cpus'; did you mean 'cpu'?"),
     ("run informer --resume --force", "give one of them"),
     ("compile informer_etth1_m24 --target tpu-v9", "unknown target 'tpu-v9'; did you mean"),
