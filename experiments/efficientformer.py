@@ -504,18 +504,10 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
         else:
             claim = attention_last(config, data, open_run)
         claims.append(claim)
-        print(f"{claim.statement}  [{claim.verdict}]  {claim.interval}")
-        for kind in ("measured", "baselines"):
-            for key, value in getattr(claim, kind).items():
-                print(f"  {kind:9}  {key}: {value}")
-    result = reports.Result("efficientformer", _preset(config), data.name, tuple(claims))
+        reports.show(claim)
+    result = reports.Result("efficientformer", command_line.preset_name(config, PRESETS), data.name, tuple(claims))
     result.save(folder.path / "result.json")
     return result
-
-
-def _preset(config: Config) -> str:
-    bare = dataclasses.replace(config, data_dir=None)
-    return next((name for name, preset in PRESETS.items() if preset == bare), "own")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -36,6 +35,7 @@ from zoo.data.hourly_traffic import hourly_traffic
 from zoo.data.pipeline import batches
 from zoo.data.time_series import ForecastData, Series, Windows, forecast_windows
 from zoo.papers.informer import Informer, InformerConfig, decoder_input, loss, targets
+from zoo.timing import median_seconds
 
 # Test MSE and MAE of the authors' own code on ETTh1, M, pred 24 after epochs 1 and 2 (float32, CPU, seed 2021).
 OFFICIAL_EPOCHS = ((0.577, 0.555), (0.531, 0.520))
@@ -531,17 +531,6 @@ def multiply_adds(length: int) -> dict[str, float]:
     """Multiply-adds of 8 heads of 64: canonical attention, and ProbSparse with its L U sampled and u L full scores."""
     sampled, active = prob_sparse.sample_size(5, length), prob_sparse.active_queries(5, length)
     return {"full": 8 * 64 * 2 * length**2, "prob": 8 * 64 * length * (sampled + 2 * active)}
-
-
-def median_seconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Median duration of a call that gives JAX arrays, after one call that does not count."""
-    jax.block_until_ready(call())
-    durations = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        durations.append(time.perf_counter() - start)
-    return float(np.median(durations))
 
 
 @partial(jax.jit, static_argnums=0)

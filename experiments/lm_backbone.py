@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ from zoo import reports, train
 from zoo.backbones import DecoderConfig, DecoderLM, PretrainedLM, generate, load_smollm2
 from zoo.data.tokenizers import ByteLevelTokenizer
 from zoo.probing import logit_lens
+from zoo.timing import median_seconds
 
 # Mean losses of the first 1,024 tokens by the transformers library, float32, the same dequantised weights.
 PUBLISHED_LOSSES = {"mohicans_1": 3.598, "dracula": 3.302}
@@ -112,8 +111,8 @@ def speed(pretrained: PretrainedLM, config: Config) -> reports.Claim:
     model, variables, _ = pretrained
     prompt = jnp.ones((1, config.prefill), jnp.int32)
     forward = jax.jit(lambda variables, prompt: model.apply(variables, prompt, method=DecoderLM.hidden)[0][:, -1])
-    reading = _median_seconds(lambda: forward(variables, prompt), config.repetitions)
-    both = _median_seconds(lambda: generate(model, variables, prompt, config.decode).tokens, config.repetitions)
+    reading = median_seconds(lambda: forward(variables, prompt), config.repetitions)
+    both = median_seconds(lambda: generate(model, variables, prompt, config.decode).tokens, config.repetitions)
     return reports.Claim(
         statement="Prefill runs at the machine's matrix speed, decoding at its memory's.",
         verdict="not tested",
@@ -124,16 +123,6 @@ def speed(pretrained: PretrainedLM, config: Config) -> reports.Claim:
         },
         remark="`make bench-language` holds these against the transformers library, alternating in one process.",
     )
-
-
-def _median_seconds(call: Callable[[], Any], repetitions: int) -> float:
-    jax.block_until_ready(call())
-    durations = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        durations.append(time.perf_counter() - start)
-    return float(np.median(durations))
 
 
 def lens_figure(pretrained: PretrainedLM, text: str) -> Figure:

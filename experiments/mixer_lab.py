@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -36,6 +35,7 @@ from zoo.backbones import DecoderConfig, DecoderLM
 from zoo.data.recall import IGNORED, Recall, copying, induction, mqar, needle
 from zoo.data.text import read_text
 from zoo.files import atomic
+from zoo.timing import median_seconds
 
 Task = Literal["mqar", "needle", "copying", "induction", "language"]
 BYTES = 256  # one vocabulary for all tasks, so that a network compiles once
@@ -317,17 +317,6 @@ def cost_of(model: DecoderLM, cost: Cost) -> dict[str, list[float]]:
 def _count(tokens: int, leaf: jax.Array) -> jax.Array:
     """A leaf of an empty state as if it had seen tokens, if it counts them."""
     return leaf + tokens if leaf.dtype == jnp.int32 else leaf
-
-
-def median_seconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Median duration of a call that gives JAX arrays, after one call that does not count."""
-    jax.block_until_ready(call())
-    durations = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        durations.append(time.perf_counter() - start)
-    return float(np.median(durations))
 
 
 # ---------------------------------------------------------------------------------------------------------- results

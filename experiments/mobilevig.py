@@ -337,18 +337,10 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
         else:
             claim = layout(config, below(name)) if name == "layout" else hop(config, data, below(name))
         claims.append(claim)
-        print(f"{claim.statement}  [{claim.verdict}]  {claim.interval}")
-        for kind in ("measured", "baselines"):
-            for key, value in getattr(claim, kind).items():
-                print(f"  {kind:9}  {key}: {value}")
-    result = reports.Result("mobilevig", _preset(config), data.name, tuple(claims))
+        reports.show(claim)
+    result = reports.Result("mobilevig", command_line.preset_name(config, PRESETS), data.name, tuple(claims))
     result.save(folder.path / "result.json")
     return result
-
-
-def _preset(config: Config) -> str:
-    bare = dataclasses.replace(config, data_dir=None)
-    return next((name for name, preset in PRESETS.items() if preset == bare), "own")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,8 +44,6 @@ class DeltaNet(RecurrentMixer):
       kernel_size: of the convolutions.
       norm_epsilon: of each head's norm.
     """
-
-    GATED: ClassVar[bool] = False
 
     heads: int = 4
     expand_key: float = 1.0

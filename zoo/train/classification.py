@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -74,3 +76,37 @@ def soft_distillation(
     log_student, log_teacher = jax.nn.log_softmax(student / tau), jax.nn.log_softmax(teacher / tau)
     learned = tau**2 * jnp.mean(jnp.exp(log_teacher) * (log_teacher - log_student))
     return Distillation((1 - alpha) * base + alpha * learned, base, learned)
+
+
+def distilled_targets(config: Any, batch_size: int) -> dict[str, np.ndarray]:
+    """`labels`, (B,) int32, and with distillation the teacher's logits (B, num_classes)."""
+    rng = np.random.default_rng(1)
+    targets: dict[str, np.ndarray] = {"labels": rng.integers(0, config.num_classes, batch_size).astype(np.int32)}
+    if config.distillation:
+        targets["teacher"] = rng.standard_normal((batch_size, config.num_classes), dtype=np.float32)
+    return targets
+
+
+def distilled_loss(model: Any, alpha: float = 0.5) -> Callable:
+    """A classifier's loss, for `zoo.train`: cross-entropy, with hard distillation where the batch brings a teacher.
+
+    The batch holds `images`, `labels`, (B,) integers or (B, num_classes) probabilities (smoothed, mixed), and, for the
+    distillation, `teacher`: the teacher's logits (B, num_classes) of the same, mixed images. Without them a second
+    head learns from the labels too. Metrics: "accuracy".
+    """
+
+    def loss_function(params, model_state, batch, rngs, train):
+        variables = {"params": params, **model_state}
+        logits, model_state = model.apply(variables, batch["images"], train=train, rngs=rngs, mutable=list(model_state))
+        if isinstance(logits, tuple):
+            teacher = batch.get("teacher")
+            if teacher is None:
+                value = (cross_entropy(logits[0], batch["labels"]) + cross_entropy(logits[1], batch["labels"])) / 2
+            else:
+                value = hard_distillation(*logits, batch["labels"], teacher, alpha).total
+            logits = (logits[0] + logits[1]) / 2
+        else:
+            value = cross_entropy(logits, batch["labels"])
+        return value, (model_state, {"accuracy": accuracy(logits, batch["labels"])})
+
+    return loss_function

@@ -28,11 +28,11 @@ from zoo.papers.efficientformer.model import (
     Meta3D,
     Meta4D,
     example_inputs,
-    example_targets,
-    loss,
 )
 from zoo.papers.efficientformer.weights import rules
 from zoo.registry import Paper, Variant, register
+from zoo.train.classification import distilled_loss as loss
+from zoo.train.classification import distilled_targets as example_targets
 
 __all__ = [
     "DenseConfig",

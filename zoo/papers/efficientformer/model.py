@@ -6,7 +6,6 @@ B batch, H x W pixels of a map, N = H W tokens, C channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,6 @@ from zoo.layers.mlp import PLAIN
 from zoo.layers.norms import norm
 from zoo.layers.offset_bias import OffsetBias, resize_bicubic
 from zoo.layers.partitioning import dense, partitioned
-from zoo.train.classification import accuracy, cross_entropy, hard_distillation
 
 _LINEAR_INIT = nn.initializers.truncated_normal(0.02)
 _ZEROS = nn.initializers.zeros_init()
@@ -331,37 +329,3 @@ def example_inputs(config: EfficientFormerConfig, batch_size: int) -> dict[str, 
     size = (64, 64) if isinstance(config, DenseConfig) else config.image_size
     rng = np.random.default_rng(0)
     return {"images": rng.standard_normal((batch_size, *size, config.channels), dtype=np.float32)}
-
-
-def example_targets(config: EfficientFormerConfig, batch_size: int) -> dict[str, np.ndarray]:
-    """`labels`, (B,) int32, and with distillation the teacher's logits (B, num_classes)."""
-    rng = np.random.default_rng(1)
-    targets: dict[str, np.ndarray] = {"labels": rng.integers(0, config.num_classes, batch_size).astype(np.int32)}
-    if config.distillation:
-        targets["teacher"] = rng.standard_normal((batch_size, config.num_classes), dtype=np.float32)
-    return targets
-
-
-def loss(model: EfficientFormer, alpha: float = 0.5) -> Callable:
-    """The loss of `zoo.train`: cross-entropy, with hard distillation where the batch brings a teacher.
-
-    The batch holds `images`, `labels`, (B,) integers or (B, num_classes) probabilities (smoothed, mixed), and, for the
-    distillation, `teacher`: the teacher's logits (B, num_classes) of the same, mixed images. Without them a second
-    head learns from the labels too. Metrics: "accuracy".
-    """
-
-    def loss_function(params, model_state, batch, rngs, train):
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(variables, batch["images"], train=train, rngs=rngs, mutable=list(model_state))
-        if isinstance(logits, tuple):
-            teacher = batch.get("teacher")
-            if teacher is None:
-                value = (cross_entropy(logits[0], batch["labels"]) + cross_entropy(logits[1], batch["labels"])) / 2
-            else:
-                value = hard_distillation(*logits, batch["labels"], teacher, alpha).total
-            logits = (logits[0] + logits[1]) / 2
-        else:
-            value = cross_entropy(logits, batch["labels"])
-        return value, (model_state, {"accuracy": accuracy(logits, batch["labels"])})
-
-    return loss_function

@@ -31,11 +31,11 @@ from zoo.papers.mobilevig.model import (
     MobileViGMaskRCNN,
     detector_inputs,
     example_inputs,
-    example_targets,
-    loss,
 )
 from zoo.papers.mobilevig.weights import detector_rules, feature_rules, rules
 from zoo.registry import Paper, Variant, register
+from zoo.train.classification import distilled_loss as loss
+from zoo.train.classification import distilled_targets as example_targets
 
 __all__ = [
     "DetectorConfig",

@@ -21,7 +21,6 @@ from zoo.layers.convolution import Conv
 from zoo.layers.drop_path import DropPath
 from zoo.layers.mlp import PLAIN
 from zoo.papers.mobilevig.graph import knn_aggregate, svga_aggregate
-from zoo.train.classification import accuracy, cross_entropy, hard_distillation
 
 _gelu = PLAIN["gelu"]
 _KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -311,40 +310,6 @@ def example_inputs(config: MobileViGConfig, batch_size: int) -> dict[str, np.nda
     """`images` of normal values."""
     rng = np.random.default_rng(0)
     return {"images": rng.standard_normal((batch_size, *config.image_size, config.channels), dtype=np.float32)}
-
-
-def example_targets(config: MobileViGConfig, batch_size: int) -> dict[str, np.ndarray]:
-    """`labels`, (B,) int32, and with distillation the teacher's logits (B, num_classes)."""
-    rng = np.random.default_rng(1)
-    targets: dict[str, np.ndarray] = {"labels": rng.integers(0, config.num_classes, batch_size).astype(np.int32)}
-    if config.distillation:
-        targets["teacher"] = rng.standard_normal((batch_size, config.num_classes), dtype=np.float32)
-    return targets
-
-
-def loss(model: MobileViG, alpha: float = 0.5) -> Callable:
-    """The loss of `zoo.train`: cross-entropy, with hard distillation where the batch brings a teacher.
-
-    The batch holds `images`, `labels`, (B,) integers or (B, num_classes) probabilities (smoothed, mixed), and, for the
-    distillation, `teacher`: the teacher's logits (B, num_classes) of the same, mixed images. Without them a second
-    head learns from the labels too. Metrics: "accuracy".
-    """
-
-    def loss_function(params, model_state, batch, rngs, train):
-        variables = {"params": params, **model_state}
-        logits, model_state = model.apply(variables, batch["images"], train=train, rngs=rngs, mutable=list(model_state))
-        if isinstance(logits, tuple):
-            teacher = batch.get("teacher")
-            if teacher is None:
-                value = (cross_entropy(logits[0], batch["labels"]) + cross_entropy(logits[1], batch["labels"])) / 2
-            else:
-                value = hard_distillation(*logits, batch["labels"], teacher, alpha).total
-            logits = (logits[0] + logits[1]) / 2
-        else:
-            value = cross_entropy(logits, batch["labels"])
-        return value, (model_state, {"accuracy": accuracy(logits, batch["labels"])})
-
-    return loss_function
 
 
 def detector_inputs(config: DetectorConfig, batch_size: int) -> dict[str, np.ndarray]:
