@@ -17,8 +17,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-import flax.linen as nn
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,21 +181,10 @@ def fit(
         weights = jnp.ones_like(losses) if valid is None else valid[:, 1:]
         return jnp.sum(losses * weights) / jnp.sum(weights), (model_state, {})
 
-    optimizer = train.build_optimizer(
-        train.OptimizerConfig(
-            learning_rate=training.learning_rate, weight_decay=0.1, schedule="cosine", clip_norm=1.0,
-            warmup_steps=training.steps // 10,
-        ),
-        training.steps,
-    )  # fmt: skip
-    mesh = train.make_mesh(train.MeshConfig(data=1))
-    example = batch(0)["tokens"][:1]
-    state = train.init_sharded(lambda rng: model.init(rng, example), optimizer, jax.random.key(seed), mesh)
-    step = train.make_train_step(loss, optimizer, state)
-    data = grain.MapDataset.range(training.steps + 1).map(batch)
-    options = train.FitConfig(steps=training.steps, log_every=max(training.steps // 20, 1))
-    result = train.fit(step, state, data, options, run, mesh=mesh)
-    return model, nn.unbox(result.state.evaluation_variables)
+    variables = train.fit_generated(
+        model, loss, batch, run, steps=training.steps, learning_rate=training.learning_rate, seed=seed
+    )
+    return model, variables
 
 
 def gpt(training: Training, vocab_size: int, momentum: float | None = None) -> DecoderLM:

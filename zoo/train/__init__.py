@@ -23,6 +23,7 @@ A two-layer network learns y = 2 x - 1 and leaves a run's folder behind:
 """
 
 from zoo.train.checkpoint import CheckpointError, Checkpoints
+from zoo.train.generated import fit_generated
 from zoo.train.loop import FitConfig, FitResult, NonFiniteError, evaluate, fit
 from zoo.train.metrics import MeanAccumulator
 from zoo.train.optimizer import Optimizer, OptimizerConfig, build_optimizer, learning_rate_schedule
@@ -59,6 +60,7 @@ __all__ = [
     "create_state",
     "evaluate",
     "fit",
+    "fit_generated",
     "init_sharded",
     "initialize_distributed",
     "learning_rate_schedule",
