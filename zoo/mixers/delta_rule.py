@@ -53,20 +53,12 @@ class DeltaNet(RecurrentMixer):
 
     def __post_init__(self):
         super().__post_init__()
-        self._widths  # noqa: B018  raises where heads do not divide them
-
-    @property
-    def _widths(self) -> tuple[int, int]:
-        """Of a head's keys and values."""
-        return (
-            self.head_width("features * expand_key", self.features * self.expand_key),
-            self.head_width("features * expand_value", self.features * self.expand_value),
-        )
+        self.expanded_widths()  # raises where heads do not divide them
 
     @nn.compact
     def mix(self, x, state, count):
         """See `RecurrentMixer`."""
-        width, value_width = self._widths
+        width, value_width = self.expanded_widths()
         pasts, arrays = {}, {}
         for name, features in (("query", width), ("key", width), ("value", value_width)):
             projected = self.project(self.heads * features, name)(x)
@@ -96,7 +88,7 @@ class DeltaNet(RecurrentMixer):
     def init_state(self, batch_size, length):
         """See `Mixer`."""
         check_batch_size(batch_size)
-        width, value_width = self._widths
+        width, value_width = self.expanded_widths()
         query, key = (self.empty_convolution(batch_size, self.kernel_size, self.heads * width) for _ in range(2))
         return DeltaState(
             jnp.zeros((batch_size, self.heads, width, value_width), jnp.float32),
@@ -125,5 +117,5 @@ class GatedDeltaNet(DeltaNet):
         return zero_where_missing(-rate * jax.nn.softplus(step), count)
 
     def _normalized(self, x, out):
-        gate = self.split_heads(self.project(self.heads * self._widths[1], "gate")(x))
+        gate = self.split_heads(self.project(self.heads * self.expanded_widths()[1], "gate")(x))
         return GatedRMSNorm(self.norm_epsilon, dtype=out.dtype, param_dtype=self.param_dtype, name="norm")(out, gate)

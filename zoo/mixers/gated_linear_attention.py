@@ -36,20 +36,12 @@ class GatedLinearAttention(RecurrentMixer):
 
     def __post_init__(self):
         super().__post_init__()
-        self._widths  # noqa: B018  raises where heads do not divide them
-
-    @property
-    def _widths(self) -> tuple[int, int]:
-        """Of a head's keys and values."""
-        return (
-            self.head_width("features * expand_key", self.features * self.expand_key),
-            self.head_width("features * expand_value", self.features * self.expand_value),
-        )
+        self.expanded_widths()  # raises where heads do not divide them
 
     @nn.compact
     def mix(self, x, state, count):
         """See `RecurrentMixer`."""
-        width, value_width = self._widths
+        width, value_width = self.expanded_widths()
         query = self.split_heads(self.project(self.heads * width, "query")(x))
         key = self.split_heads(self.project(self.heads * width, "key")(x))
         value = self.split_heads(self.project(self.heads * value_width, "value")(x))
@@ -70,4 +62,4 @@ class GatedLinearAttention(RecurrentMixer):
     @nn.nowrap
     def init_state(self, batch_size, length):
         """See `Mixer`."""
-        return empty_memory(batch_size, self.heads, *self._widths)
+        return empty_memory(batch_size, self.heads, *self.expanded_widths())

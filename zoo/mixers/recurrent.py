@@ -58,6 +58,13 @@ class RecurrentMixer(Mixer):
         return int(width) // heads
 
     @nn.nowrap
+    def expanded_widths(self) -> tuple[int, int]:
+        """Of a head's keys and values, where all heads' are `expand_key` and `expand_value` times features."""
+        widths = {name: self.features * getattr(self, name) for name in ("expand_key", "expand_value")}
+        key, value = (self.head_width(f"features * {name}", width) for name, width in widths.items())
+        return key, value
+
+    @nn.nowrap
     def project(self, features: int, name: str, axis: str | None = "heads", **options: Any) -> nn.Dense:
         """A projection in, without a bias unless `options` say otherwise."""
         chosen: dict[str, Any] = {"use_bias": False, "kernel_init": self.kernel_init} | options
