@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from kernels import sparse_topl
+from tests.kernels.attention_cases import TOLERANCES
+from tests.kernels.recurrent_cases import assert_close
 
 
 def _operands(time: int, heads: int = 4, key_heads: int = 2, dtype=jnp.float32):
@@ -27,20 +29,21 @@ def test_chunked_is_the_definition(time, mode, dtype):
     definition = sparse_topl.lookup(*codes, keep=keep, mode=mode, implementation="reference")
     np.testing.assert_array_equal(indices, definition)
 
-    def result(name):
+    cotangent = jax.random.normal(jax.random.key(1), query.shape, dtype).astype(jnp.float32)
+
+    def result(name, dtype):
         def loss(*operands):
             out = sparse_topl.sparse_attention(*operands, indices, clamp=2.0, implementation=name)
-            return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+            return jnp.sum(out.astype(jnp.float32) * cotangent), out
 
-        # The definition in float32, of the same numbers: two roundings of one value may differ by a whole bfloat16 step.
-        operands = [x.astype(jnp.float32) if name == "reference" else x for x in (query, key, value)]
-        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*operands)
+        operands = [x.astype(dtype) for x in (query, key, value)]
+        gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*operands)
         return out, *gradients
 
-    tolerances = (1e-5, 1e-4, 1e-4, 1e-4) if dtype == jnp.float32 else (2e-2,) * 4
-    for got, expected, tolerance in zip(result("chunked"), result("reference"), tolerances, strict=True):
-        got, expected = np.float32(got), np.float32(expected)
-        assert np.abs(got - expected).max() <= tolerance * max(expected.std(), 1e-6)
+    # The definition in float32, of the same numbers.
+    names, tolerances = ("out", "query", "key", "value"), TOLERANCES[jnp.dtype(dtype).name]
+    for name, got, expected in zip(names, result("chunked", dtype), result("reference", jnp.float32), strict=True):
+        assert_close(got, expected, tolerances[name != "out"], jnp.dtype(dtype).name, name)
 
 
 def test_selection_is_causal_and_ties_go_to_the_earliest():
