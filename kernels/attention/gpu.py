@@ -282,6 +282,7 @@ def load_vector(ref: Any, places: tuple[Index, ...], first: Index, size: int, ot
 
 
 def store_vector(ref: Any, places: tuple[Index, ...], first: Index, value: jax.Array) -> None:
+    """Writes (size,) along the last axis, within its edge."""
     inside = index_range(first, value.size) < ref.shape[-1]
     plgpu.store(ref.at[(*places, pl.ds(first, value.size))], value, mask=inside)
 
