@@ -61,34 +61,58 @@ def lookup(
     *,
     keep: int,
     mode: Literal["exact", "prototype"] = "exact",
+    codebook: jax.Array | None = None,
+    query_positions: jax.Array | None = None,
+    key_positions: jax.Array | None = None,
     implementation: ListImplementation = "chunked",
 ) -> jax.Array:
     """The `keep` keys, none later than the query, with the most codes in common.
 
     Args:
-      query_codes: integers (B, T, H, M); the queries are the last T of the keys' positions.
+      query_codes: integers (B, T, H, M).
       key_codes: integers (B, S, G, M), G a divisor of H.
       keep: L, at most S. Published: S // 8.
       mode: "exact" gives ties to the earliest key and -1 to unused slots. "prototype" is the published CUDA kernel:
         four workers, each with the keys of one j mod 4, four coarse scores, and key 0 in unused slots.
+      codebook: (M, E, d); where it is given a key's score is the inner product of its codewords with the query's, and
+        position 0 and the query's own are always kept. Not published.
+      query_positions, key_positions: int32 (B, T) and (B, S); a query sees the keys at its position and before. By
+        default 0 to S - 1, the queries the last T of them.
+      implementation: "reference" or "chunked", XLA's form for every platform.
 
     Returns:
-      int32 (B, T, H, L), in no promised order.
+      int32 (B, T, H, L), indices of keys in no promised order.
 
     Raises:
       ValueError: shapes that do not fit, an unknown mode, a `keep` out of range.
     """
     _check_lookup(query_codes, key_codes, keep)
+    batch, time = query_codes.shape[:2]
     keys, subspaces = key_codes.shape[1], key_codes.shape[3]
     if mode not in ("exact", "prototype"):
         raise ValueError(f"mode must be 'exact' or 'prototype', got {mode!r}")
     if mode == "prototype" and (keep % 4 or keys % 16 or subspaces < 4):
         raise ValueError("mode 'prototype' needs keep a multiple of 4, keys of 16 and at least 4 subspaces; got "
                          f"{keep}, {keys} and {subspaces}")  # fmt: skip
+    if mode == "prototype" and codebook is not None:
+        raise ValueError("mode 'prototype' counts codes in common: it takes no codebook")
+    if codebook is not None and (codebook.ndim != 3 or codebook.shape[0] != subspaces):
+        raise ValueError(f"codebook must be ({subspaces} subspaces, codewords, width), got shape {codebook.shape}")
     if implementation not in _LOOKUP:
         raise ValueError(f"implementation must be one of {tuple(_LOOKUP)}, got {implementation!r}")
+    if query_positions is None:
+        query_positions = jnp.broadcast_to(jnp.arange(keys - time, keys, dtype=jnp.int32), (batch, time))
+    if key_positions is None:
+        key_positions = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
+    if query_positions.shape != (batch, time) or key_positions.shape != (batch, keys):
+        raise ValueError(f"positions must be {(batch, time)} and {(batch, keys)}, got shapes {query_positions.shape} "
+                         f"and {key_positions.shape}")  # fmt: skip
     functions = {name: partial(f, keep=keep, prototype=mode == "prototype") for name, f in _LOOKUP.items()}
-    return by_platform(functions, implementation, query_codes, key_codes, axes=("b.h.", "b.h."), out_axes="b.h.")
+    operands = query_codes, key_codes, query_positions, key_positions, codebook
+    return by_platform(
+        functions, implementation, *operands,
+        axes=("b.h.", "b.h.", "b.", "b.", None if codebook is None else "..."), out_axes="b.h.",
+    )  # fmt: skip
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

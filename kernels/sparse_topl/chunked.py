@@ -14,16 +14,18 @@ from kernels.sparse_topl.selection import Options, level, threshold
 ROWS = 64
 
 
-def _blocks(array: jax.Array, rows: int) -> jax.Array:
-    """(B, T, ...) -> (T / rows, B, rows, ...), padded with zeros at the end."""
+def blocks(array: jax.Array, rows: int, fill: int = 0) -> jax.Array:
+    """(B, T, ...) -> (T / rows, B, rows, ...), padded with `fill` at the end."""
     batch, time = array.shape[:2]
-    array = jnp.pad(array, [(0, 0), (0, round_up(time, rows) - time)] + [(0, 0)] * (array.ndim - 2))
+    padding = [(0, 0), (0, round_up(time, rows) - time)] + [(0, 0)] * (array.ndim - 2)
+    array = jnp.pad(array, padding, constant_values=fill)
     return array.reshape(batch, -1, rows, *array.shape[2:]).swapaxes(0, 1)
 
 
-def _joined(blocks: jax.Array, time: int) -> jax.Array:
-    joined = blocks.swapaxes(0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :time]
+def joined(parts: jax.Array, time: int) -> jax.Array:
+    """The way back from `blocks`, without the padding."""
+    whole = parts.swapaxes(0, 1)
+    return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :time]
 
 
 def _grouped(array: jax.Array, key_heads: int) -> jax.Array:
@@ -96,8 +98,8 @@ def forward(
         flat = [x.transpose(0, 3, 1, 2).reshape(x.shape[0], rows, heads) for x in (thresholds, sums)]
         return out.reshape(*query.shape[:3], -1), *flat
 
-    operands = _blocks(query, rows), _blocks(query_codes, rows), _positions(time, keys, rows)
-    return tuple(_joined(x, time) for x in jax.lax.map(block, operands))  # type: ignore[return-value]
+    operands = blocks(query, rows), blocks(query_codes, rows), _positions(time, keys, rows)
+    return tuple(joined(x, time) for x in jax.lax.map(block, operands))  # type: ignore[return-value]
 
 
 def backward(
@@ -125,7 +127,7 @@ def backward(
         d_value = carry[1] + jnp.einsum("bgnrs,brgne->bsge", weights, d_out, precision="highest")
         return (d_key, d_value), d_query.reshape(*d_query.shape[:2], -1, d_query.shape[-1])
 
-    operands = [_blocks(x, rows) for x in (query, query_codes, thresholds, sums, delta, d_out)]
+    operands = [blocks(x, rows) for x in (query, query_codes, thresholds, sums, delta, d_out)]
     zeros = (jnp.zeros_like(key), jnp.zeros_like(value))
     (d_key, d_value), d_query = jax.lax.scan(block, zeros, (*operands, _positions(time, keys, rows)))
-    return _joined(d_query, time), d_key, d_value
+    return joined(d_query, time), d_key, d_value

@@ -9,45 +9,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.common import round_up
 from kernels.sparse_topl import reference
+from kernels.sparse_topl.chunked import blocks, joined
 
 LOOKUP_ROWS = 64
 ATTENTION_ROWS = 16
 
 
-def _blocks(array: jax.Array, rows: int, fill: int = 0) -> jax.Array:
-    """(B, T, ...) -> (T / rows, B, rows, ...), padded at the end."""
-    batch, time = array.shape[:2]
-    padding = [(0, 0), (0, round_up(time, rows) - time)] + [(0, 0)] * (array.ndim - 2)
-    array = jnp.pad(array, padding, constant_values=fill)
-    return array.reshape(batch, -1, rows, *array.shape[2:]).swapaxes(0, 1)
-
-
-def _joined(blocks: jax.Array, time: int) -> jax.Array:
-    joined = blocks.swapaxes(0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :time]
-
-
-def lookup(query_codes: jax.Array, key_codes: jax.Array, *, keep: int, prototype: bool) -> jax.Array:
+def lookup(
+    query_codes: jax.Array,
+    key_codes: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    codebook: jax.Array | None,
+    *,
+    keep: int,
+    prototype: bool,
+) -> jax.Array:
     """See `reference.lookup`."""
-    time, keys, subspaces = query_codes.shape[1], key_codes.shape[1], query_codes.shape[-1]
+    time = query_codes.shape[1]
     rows = min(LOOKUP_ROWS, time)
 
     def block(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
         codes, positions = operands
-        # Subspace by subspace, so that no comparison of all of them is kept.
-        ratio = codes.shape[2] // key_codes.shape[2]
-        scores = jnp.zeros((*codes.shape[:3], keys), jnp.int32)
-        for m in range(subspaces):
-            other = jnp.repeat(key_codes[..., m], ratio, axis=2).swapaxes(1, 2)
-            scores += codes[..., m][..., None] == other[:, None]
-        if prototype:
-            return reference.select_prototype(scores, positions, keep, subspaces)
-        return reference.select(scores, positions, keep)
+        return reference.lookup(codes, key_codes, positions, key_positions, codebook, keep=keep, prototype=prototype)
 
-    positions = (jnp.arange(round_up(time, rows), dtype=jnp.int32) + keys - time).reshape(-1, rows)
-    return _joined(jax.lax.map(block, (_blocks(query_codes, rows), positions)), time)
+    return joined(jax.lax.map(block, (blocks(query_codes, rows), blocks(query_positions, rows))), time)
 
 
 def _gathered(x: jax.Array, indices: jax.Array) -> jax.Array:
@@ -74,9 +61,9 @@ def attention(
     """See `reference.attention`."""
     time, rows = query.shape[1], min(ATTENTION_ROWS, query.shape[1])
     block: Callable[..., jax.Array] = partial(_block, scale=scale, clamp=clamp)
-    operands = (_blocks(query, rows), _blocks(indices, rows, -1))
+    operands = (blocks(query, rows), blocks(indices, rows, -1))
     out = jax.lax.map(lambda part: block(part[0], key, value, part[1]).astype(query.dtype), operands)
-    return _joined(out, time)
+    return joined(out, time)
 
 
 def attention_gradient(
@@ -94,7 +81,7 @@ def attention_gradient(
         d_query, d_key, d_value = pullback(cotangent.astype(jnp.float32))
         return (carry[0] + d_key, carry[1] + d_value), d_query
 
-    parts = (_blocks(query, rows), _blocks(indices, rows, -1), _blocks(cotangent, rows))
+    parts = (blocks(query, rows), blocks(indices, rows, -1), blocks(cotangent, rows))
     zeros = (jnp.zeros_like(key32), jnp.zeros_like(value32))
     (d_key, d_value), d_query = jax.lax.scan(step, zeros, parts)
-    return _joined(d_query, time).astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
+    return joined(d_query, time).astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)

@@ -10,45 +10,71 @@ PROTOTYPE_LEVELS = 4
 
 
 def matches(query_codes: jax.Array, key_codes: jax.Array) -> jax.Array:
-    """Number of subspaces with equal codes, (B, T, H, M) and (B, S, G, M) -> int32 (B, T, H, S)."""
+    """Number of subspaces with equal codes, (B, T, H, M) and (B, S, G, M) -> float32 (B, T, H, S)."""
     keys = jnp.repeat(key_codes, query_codes.shape[2] // key_codes.shape[2], axis=2)
-    return jnp.sum(query_codes[:, :, :, None] == keys.swapaxes(1, 2)[:, None], axis=-1, dtype=jnp.int32)
+    return jnp.sum(query_codes[:, :, :, None] == keys.swapaxes(1, 2)[:, None], axis=-1, dtype=jnp.float32)
 
 
-def select(scores: jax.Array, positions: jax.Array, keep: int) -> jax.Array:
-    """The `keep` keys j <= position of largest score, ties to the earliest, -1 where fewer exist.
+def inner_products(query_codes: jax.Array, key_codes: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Inner products of the codewords in place of query and key; shapes as of `matches`."""
+    subspace = jnp.arange(codebook.shape[0])
+    query, key = (codebook.astype(jnp.float32)[subspace, codes] for codes in (query_codes, key_codes))
+    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    return jnp.einsum("bthmd,bshmd->bths", query, key, precision="highest")
+
+
+def select(scores: jax.Array, query_positions: jax.Array, key_positions: jax.Array, keep: int) -> jax.Array:
+    """The `keep` keys of largest score that are not later than the query, ties to the first, -1 where fewer are.
 
     Args:
-      scores: int32 (B, T, H, S), at least 0.
-      positions: int32 (T,), of the queries among the keys.
+      scores: float32 (B, T, H, S).
+      query_positions, key_positions: int32 (B, T) and (B, S).
     """
-    keys = scores.shape[-1]
-    index = jnp.arange(keys, dtype=jnp.int32)
-    # One integer orders by score, then by position; no two keys share one.
-    order = jnp.where(index <= positions[:, None, None], scores * keys + keys - 1 - index, -1)
-    largest, found = jax.lax.top_k(order, keep)
-    return jnp.where(largest < 0, -1, found)
+    visible = key_positions[:, None, None] <= query_positions[:, :, None, None]
+    largest, found = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), keep)
+    return jnp.where(largest == -jnp.inf, -1, found)
 
 
-def select_prototype(scores: jax.Array, positions: jax.Array, keep: int, subspaces: int) -> jax.Array:
+def select_inner_products(
+    scores: jax.Array, query_positions: jax.Array, key_positions: jax.Array, keep: int
+) -> jax.Array:
+    """`select` that never leaves out the first key and the query's own."""
+    own = key_positions[:, None, None] == query_positions[:, :, None, None]
+    always = own | (key_positions == 0)[:, None, None]
+    return select(jnp.where(always, jnp.inf, scores), query_positions, key_positions, keep)
+
+
+def select_prototype(
+    scores: jax.Array, query_positions: jax.Array, key_positions: jax.Array, keep: int, subspaces: int
+) -> jax.Array:
     """What the published CUDA kernel selects; arguments as of `select`. Unused slots are key 0, not -1."""
     levels = jnp.minimum(PROTOTYPE_LEVELS - 1, scores // (subspaces // PROTOTYPE_LEVELS))
     dealt = []
     for worker in range(PROTOTYPE_WORKERS):
-        # Its n-th key is at worker + 4 n: at or before the position are those with n <= (position - worker) // 4.
-        last = (positions - worker) // PROTOTYPE_WORKERS
-        found = select(levels[..., worker::PROTOTYPE_WORKERS], last, keep // PROTOTYPE_WORKERS)
+        mine = slice(worker, None, PROTOTYPE_WORKERS)
+        found = select(levels[..., mine], query_positions, key_positions[:, mine], keep // PROTOTYPE_WORKERS)
         dealt.append(jnp.where(found < 0, 0, found * PROTOTYPE_WORKERS + worker))
     return jnp.concatenate(dealt, axis=-1)
 
 
-def lookup(query_codes: jax.Array, key_codes: jax.Array, *, keep: int, prototype: bool) -> jax.Array:
-    """int32 (B, T, H, keep) for codes (B, T, H, M), (B, S, G, M); the queries are the last T of the S positions."""
-    positions = jnp.arange(query_codes.shape[1], dtype=jnp.int32) + key_codes.shape[1] - query_codes.shape[1]
+def lookup(
+    query_codes: jax.Array,
+    key_codes: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    codebook: jax.Array | None,
+    *,
+    keep: int,
+    prototype: bool,
+) -> jax.Array:
+    """int32 (B, T, H, keep) for codes (B, T, H, M), (B, S, G, M) and positions (B, T), (B, S)."""
+    positions = query_positions, key_positions
+    if codebook is not None:
+        return select_inner_products(inner_products(query_codes, key_codes, codebook), *positions, keep)
     scores = matches(query_codes, key_codes)
     if prototype:
-        return select_prototype(scores, positions, keep, query_codes.shape[-1])
-    return select(scores, positions, keep)
+        return select_prototype(scores, *positions, keep, query_codes.shape[-1])
+    return select(scores, *positions, keep)
 
 
 def attention(
