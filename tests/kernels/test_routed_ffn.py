@@ -17,7 +17,6 @@ from tests.kernels.compile import shape
 from tests.kernels.recurrent_cases import assert_close
 from zoo.compilation import compile_for
 
-
 ROWS = 200
 
 
