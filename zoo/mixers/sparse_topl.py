@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -140,22 +140,44 @@ class SparseTopLAttention(Mixer):
         else:
             key_positions, mask = query_positions, {}
 
-        keep = min(self.keep or max(1, key.shape[1] // self.coefficient), key.shape[1])
-        if not self.sparse:
-            heads = attention(query, key, value, causal=True, **mask)
-        elif not mask and self.mode == "exact" and self.score == "match":
-            heads = sparse_topl.sparse_attention(
-                query, key, value, query_codes, key_codes, keep=keep, codewords=self.codewords, clamp=self.clamp
-            )
-        else:
-            indices = sparse_topl.lookup(
-                query_codes, key_codes, keep=keep, mode=self.mode,
-                codebook=codebook if self.score == "inner_product" else None,
-                query_positions=query_positions, key_positions=key_positions,
-            )  # fmt: skip
-            heads = sparse_topl.listed_attention(query, key, value, indices, clamp=self.clamp)
+        heads = self.attend(query, key, value, query_codes, key_codes, query_positions, key_positions, mask)
         y = self.out(heads.reshape(*shape, -1).astype(dtype))
         return (y if valid is None else jnp.where(valid[..., None], y, 0)), state
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        query_codes: jax.Array,
+        key_codes: jax.Array,
+        query_positions: jax.Array,
+        key_positions: jax.Array,
+        mask: dict[str, Any],
+    ) -> jax.Array:
+        """Queries (batch, time, heads, head_dim) over keys and values to the heads' outputs, like the queries.
+
+        Codes are (batch, time, heads or key heads, subspaces), positions (batch, time), a key that is not there beyond
+        every query's. `mask` says the same to `kernels.attention.attention`; it is empty in the plain parallel form.
+        """
+        if not self.sparse:
+            return cast(jax.Array, attention(query, key, value, causal=True, **mask))
+        keep = self.kept(key.shape[1])
+        if not mask and self.mode == "exact" and self.score == "match":
+            return sparse_topl.sparse_attention(
+                query, key, value, query_codes, key_codes, keep=keep, codewords=self.codewords, clamp=self.clamp
+            )
+        codebook = jax.lax.stop_gradient(self.codebook) if self.score == "inner_product" else None
+        indices = sparse_topl.lookup(
+            query_codes, key_codes, keep=keep, mode=self.mode, codebook=codebook,
+            query_positions=query_positions, key_positions=key_positions,
+        )  # fmt: skip
+        return sparse_topl.listed_attention(query, key, value, indices, clamp=self.clamp)
+
+    @nn.nowrap
+    def kept(self, keys: int) -> int:
+        """How many of so many keys a query attends to."""
+        return min(self.keep or max(1, keys // self.coefficient), keys)
 
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> cache.KeyValueCache:

@@ -236,12 +236,12 @@ def trained(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {"params": trainable, "frozen": frozen}
 
 
-def loss(model: SptLM) -> Callable:
+def loss(model: SptLM, *, quantise: bool = True) -> Callable:
     """Cross entropy + 0.01 quantisation losses of batch["tokens"] (batch, time + 1), of a state from `trained`."""
 
     def loss_fn(params, model_state, batch, rngs, train):
         variables = join(params, model_state["frozen"])
-        entropy, quantisation = losses(model, variables, batch["tokens"])
+        entropy, quantisation = losses(model, variables, batch["tokens"], quantise=quantise)
         total = entropy + QUANTISATION_WEIGHT * quantisation
         return total, (model_state, {"perplexity": jnp.exp(entropy), "quantisation": quantisation})
 
@@ -280,10 +280,13 @@ def weight_rules(config: SptConfig) -> list[Rule]:
         *layer("norm", "final_norm", "norm"),
         *_adapted_layer("linear", "lm_output", "head"),
     ]
-    return [*own, *(_opt_rules() if config.positions == "learned" else decoder_rules(config))]
+    return [*own, *transformers_rules(config)]
 
 
-def _opt_rules() -> list[Rule]:
+def transformers_rules(config: SptConfig) -> list[Rule]:
+    """Names of the dense OPT and LLaMA checkpoints of the transformers library."""
+    if config.positions == "rotary":
+        return decoder_rules(config)
     prefix = r"(?:model\.)?decoder\."
     block = [
         *(
