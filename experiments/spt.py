@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import flax.linen as nn
 import jax
@@ -196,7 +196,7 @@ def attend(
 
     chosen, wanted = taken(indices), taken(best)
     if selection == "dense":
-        out = attention(query, key, value, causal=True)
+        out = cast(jax.Array, attention(query, key, value, causal=True))
     else:
         clamp = 10.0 if selection in ("codes", "oracle, clamped") else _UNBOUNDED
         out = sparse_topl.listed_attention(query, key, value, indices, clamp=clamp)
@@ -443,8 +443,8 @@ def tuning_claim(config: Config, folder: pathlib.Path) -> tuple[reports.Claim, F
     )  # fmt: skip
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
-    for place, (_, values) in enumerate(perplexity.items()):
-        axes.plot([place] * len(values), values, "o")
+    for column, values in enumerate(perplexity.values()):
+        axes.plot([column] * len(values), values, "o")
     axes.axhline(float(np.exp(np.mean(untuned))), color="grey", linestyle=":", label="untuned")
     axes.set_xticks(range(len(methods)), methods, fontsize=8)
     axes.set(ylabel="perplexity a byte")
@@ -486,7 +486,7 @@ def cost_claim(config: Config) -> tuple[reports.Claim, Figure]:
         for time in cost.lengths:
             heads = jax.ShapeDtypeStruct((1, time, cost.heads, width), jnp.float32)
             compiled = step.lower(heads, heads, heads).compile()
-            memory[name].append(round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 2))
+            memory[name].append(round(cast(Any, compiled.memory_analysis()).temp_size_in_bytes / 2**20, 2))
             if time <= cost.timed:
                 keys = jax.random.split(jax.random.key(1), 3)
                 operands = [jax.random.normal(key, heads.shape) for key in keys]

@@ -66,7 +66,7 @@ def sites(model: DecoderLM) -> list[str]:
     names = []
     for layer in range(model.config.layers):
         softmax = isinstance(model.config.make_mixer(layer, parent=None), SoftmaxAttention)
-        absent = () if softmax else _ATTENTION_SITES
+        absent: tuple[str, ...] = () if softmax else _ATTENTION_SITES
         absent += () if model.config.mlp_blocks == 1 else _MLP_SITES
         names += [f"{name}.{layer}" for name in LAYER_SITES if name not in absent]
     return [*names, *_FINAL_SITES]

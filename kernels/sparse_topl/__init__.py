@@ -164,7 +164,7 @@ def listed_attention(
     if implementation not in _LOOKUP:
         raise ValueError(f"implementation must be one of {tuple(_LOOKUP)}, got {implementation!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    functions = {
+    functions: dict[str, Callable[..., Any]] = {
         "reference": partial(reference.attention, scale=scale, clamp=clamp),
         "chunked": lambda *operands: _listed(*operands, scale, clamp),
     }

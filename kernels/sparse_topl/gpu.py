@@ -278,8 +278,8 @@ def backward(
         return chunked.backward(query, key, value, query_codes, key_codes, *residuals, options=options)
     sizes = _sizes(query, key, key_codes, options)
     inputs = _inputs(query, key, value, query_codes, key_codes)
-    rows = [x.swapaxes(1, 2) for x in (thresholds, sums, delta)]
-    rows_of = _Residuals(*rows, d_out.astype(inputs.query.dtype))
+    thresholds, sums, delta = (x.swapaxes(1, 2) for x in (thresholds, sums, delta))
+    rows_of = _Residuals(thresholds, sums, delta, d_out.astype(inputs.query.dtype))
 
     def float32(x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jnp.float32)

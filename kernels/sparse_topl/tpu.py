@@ -104,7 +104,9 @@ def _matches(query_codes: jax.Array, key_codes: jax.Array, spread: jax.Array, wo
     return _product(one_hot(key_codes), one_hot(query_codes), (0, 0))
 
 
-def _thresholds_kernel(spread_ref, words_ref, query_codes_ref, key_codes_ref, out_ref, *, layout: _Layout) -> None:
+def _thresholds_kernel(
+    spread_ref: Any, words_ref: Any, query_codes_ref: Any, key_codes_ref: Any, out_ref: Any, *, layout: _Layout
+) -> None:
     keep, block_k, block_q = layout.options.keep, layout.block_k, layout.block_q
     query_block = pl.program_id(2)
     spread, words, query_codes = spread_ref[...], words_ref[...], query_codes_ref[...]
@@ -309,7 +311,9 @@ def _thresholds(layout: _Layout, query_codes: jax.Array, key_codes: jax.Array, i
     )(spread, words, query_codes, key_codes)
 
 
-def _operands(layout: _Layout, query, key, value, query_codes, key_codes) -> tuple[dict, dict]:
+def _operands(
+    layout: _Layout, query: jax.Array, key: jax.Array, value: jax.Array, query_codes: jax.Array, key_codes: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     dtype = query.dtype if query.dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
     queries = {
         "query": layout.lay_out(query.astype(dtype), layout.padded_time),

@@ -259,7 +259,7 @@ def _adapted_layer(kind: str, published: str, path: str) -> list[Rule]:
 
 def weight_rules(config: SptConfig) -> list[Rule]:
     """Names of the published code, and of the OPT and LLaMA checkpoints of the transformers library."""
-    projections = (("fc1", "up"), ("fc2", "down"))
+    projections: tuple[tuple[str, str], ...] = (("fc1", "up"), ("fc2", "down"))
     if config.mlp in GATED:
         projections = (("gate", "gate"), ("side", "up"), ("down", "down"))
     block = [
