@@ -143,7 +143,7 @@ def merge(variables: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
     adapters = traverse_util.flatten_dict(dict(variables[COLLECTION]))
     for path in {path[:-1] for path in adapters}:
         left, right = adapters[*path, "left"], adapters[*path, "right"]
-        (name,) = [n for n in ("kernel", "embedding") if (*path, n) in params] or [None]
+        name = next((name for name in ("kernel", "embedding") if (*path, name) in params), None)
         if name is None or (*path[:-1], "router", "kernel") in params:
             reason = "it has no kernel" if name is None else "its router scales the kernel alone"
             raise ValueError(f"the adapter of {'/'.join(path)} cannot be merged: {reason}")
