@@ -47,6 +47,7 @@ LAYER_SITES = (
     "mlp_norm", "mlp_pre", "mlp_post", "mlp_out", "resid_post",
 )  # fmt: skip
 _ATTENTION_SITES = ("q_pre_rope", "q", "k", "v", "scores", "pattern", "z")
+_MLP_SITES = ("mlp_pre", "mlp_post")
 _FINAL_SITES = ("norm_final", "logits")
 
 
@@ -59,11 +60,15 @@ class Probe(NamedTuple):
 
 
 def sites(model: DecoderLM) -> list[str]:
-    """All sites of a model; those within attention only of layers that have softmax attention."""
+    """All sites of a model: those within attention only of layers that have softmax attention, those within the MLP
+    only where it is not routed.
+    """
     names = []
     for layer in range(model.config.layers):
         softmax = isinstance(model.config.make_mixer(layer, parent=None), SoftmaxAttention)
-        names += [f"{name}.{layer}" for name in LAYER_SITES if softmax or name not in _ATTENTION_SITES]
+        absent: tuple[str, ...] = () if softmax else _ATTENTION_SITES
+        absent += () if model.config.mlp_blocks == 1 else _MLP_SITES
+        names += [f"{name}.{layer}" for name in LAYER_SITES if name not in absent]
     return [*names, *_FINAL_SITES]
 
 

@@ -281,7 +281,8 @@ def load_vector(ref: Any, places: tuple[Index, ...], first: Index, size: int, ot
     return plgpu.load(ref.at[(*places, pl.ds(first, size))], mask=inside, other=jnp.asarray(other, ref.dtype))
 
 
-def _store_vector(ref: Any, places: tuple[Index, ...], first: Index, value: jax.Array) -> None:
+def store_vector(ref: Any, places: tuple[Index, ...], first: Index, value: jax.Array) -> None:
+    """Writes (size,) along the last axis, within its edge."""
     inside = index_range(first, value.size) < ref.shape[-1]
     plgpu.store(ref.at[(*places, pl.ds(first, value.size))], value, mask=inside)
 
@@ -459,7 +460,7 @@ def _forward_kernel(refs: Operands, out_ref: Any, logsumexp_ref: Any, *, plan: P
     out = total / (denominator * (1 - plan.options.dropout_rate))[:, None]
     store_matrix(out_ref, (split, batch), at.first_row, head, out)
     logsumexp = jnp.where(empty, -jnp.inf, maximum / LOG2E + jnp.log(denominator))
-    _store_vector(logsumexp_ref, (split, batch, head), at.first_row, logsumexp)
+    store_vector(logsumexp_ref, (split, batch, head), at.first_row, logsumexp)
 
 
 def _fold(operands: Operands, fold: int) -> Operands:
@@ -602,11 +603,11 @@ def _d_query_kernel(
         delta = sums["delta"] - load_vector(residuals.d_logsumexp, (batch, head), at.first_row, rows)
         correction = delta - of_rows.delta
         d_query -= correction[:, None] * sums["keys"]
-        _store_vector(delta_ref, (batch, head), at.first_row, delta)
+        store_vector(delta_ref, (batch, head), at.first_row, delta)
     store_matrix(d_query_ref, (batch,), at.first_row, head, d_query)
     if d_bias_ref is not None:
         d_bias = sums["d_bias"] if correction is None else sums["d_bias"] - correction * sums["probability"]
-        _store_vector(d_bias_ref, (batch, head), at.first_row, d_bias)
+        store_vector(d_bias_ref, (batch, head), at.first_row, d_bias)
 
 
 def row_block_range(refs: Operands, plan: Plan, at: Tile) -> tuple[Index, Index]:
@@ -655,7 +656,7 @@ def _d_key_value_kernel(
 
         *sums, d_bias = jax.lax.fori_loop(first, last, body, (*carry, jnp.zeros((keys,), jnp.float32)))
         if d_bias_ref is not None:
-            _store_vector(d_bias_ref, (batch, head), at.first_key, d_bias)
+            store_vector(d_bias_ref, (batch, head), at.first_key, d_bias)
         return tuple(sums)
 
     carry = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)

@@ -54,6 +54,7 @@ class DecoderConfig(TransformerConfig):
       max_length: the most tokens of a sequence, past included, and the rows of a learned table of positions; None is
         no bound.
       positions: "learned", "sinusoidal" (fairseq's: `zoo.layers.positions.fairseq_sinusoids`), "rotary" or "none".
+      position_offset: rows of the learned table before that of position 0 (OPT: 2).
       tie_embeddings: the head's matrix is the embedding's.
       embedding_scale: factor of the embeddings (Gemma: sqrt(features)).
       logit_softcap: c caps the vocabulary's logits to c tanh(logits / c) (Gemma 2), or None.
@@ -89,6 +90,7 @@ class DecoderConfig(TransformerConfig):
     max_length: int | None = None
     norm_epsilon: float = 1e-5
     positions: str = "rotary"
+    position_offset: int = 0
     tie_embeddings: bool = True
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
@@ -138,7 +140,8 @@ class DecoderLM(nn.Module):
         embed = partial(nn.Embed, features=config.features, **options)
         self.embed = embed(config.vocab_size, embedding_init=partitioned(config.kernel_init, "vocab", "embed"))
         if config.positions == "learned":
-            self.positions = embed(config.max_length, embedding_init=partitioned(config.kernel_init, None, "embed"))
+            rows = config.max_length + config.position_offset
+            self.positions = embed(rows, embedding_init=partitioned(config.kernel_init, None, "embed"))
         self.dropout = Dropout(config.dropout)
         self.layer = make_blocks(config, **options)
         if config.norm_position == "pre":
@@ -198,7 +201,7 @@ class DecoderLM(nn.Module):
         if config.float32_residual:
             x = x.astype(jnp.float32)
         if config.positions == "learned":
-            x = x + self.positions(jnp.maximum(positions, 0))
+            x = x + self.positions(jnp.maximum(positions, 0) + config.position_offset)
         elif config.positions == "sinusoidal":
             x = x + fairseq_sinusoids(jnp.maximum(positions, 0), config.features).astype(x.dtype)
         x = self.dropout(x, train=not deterministic)

@@ -19,6 +19,7 @@ from zoo.layers.mlp import MLP, check_mlp
 from zoo.layers.norms import NormKind, norm
 from zoo.layers.partitioning import keep_batch_cut
 from zoo.layers.rotary import Rotary
+from zoo.layers.routed_mlp import RoutedMLP, check_blocks
 
 NormPosition = Literal["pre", "post"]
 
@@ -37,6 +38,8 @@ class TransformerConfig:
       mlp_features: width inside the MLP; None is 4 features.
       mlp: its kind, a name of `zoo.layers.mlp`.
       mlp_bias: of its projections.
+      mlp_blocks, mlp_active: blocks into which its hidden units are cut, and how many a token runs through, chosen by
+        a router (`zoo.layers.routed_mlp`); one block is the plain MLP.
       norm: "layer" or "rms".
       norm_epsilon: of all norms.
       norm_position: "pre" norms a branch's input (and once after the last block), "post" the sum with its output.
@@ -65,6 +68,8 @@ class TransformerConfig:
     head_dim: int | None = None
     mlp: str = "gelu"
     mlp_bias: bool = True
+    mlp_blocks: int = 1
+    mlp_active: int = 1
     norm: NormKind = "layer"
     norm_epsilon: float = 1e-6
     norm_position: NormPosition = "pre"
@@ -105,6 +110,7 @@ class TransformerConfig:
             if isinstance(value, tuple) and not 1 <= len(value) <= self.layers:
                 raise ValueError(f"{name} as a tuple needs 1 to layers = {self.layers} entries, got {len(value)}")
         check_mlp(self.mlp)
+        check_blocks(self.mlp_hidden, self.mlp_blocks, self.mlp_active)
         for name, known in (
             ("norm", get_args(NormKind)),
             ("norm_position", get_args(NormPosition)),
@@ -114,6 +120,11 @@ class TransformerConfig:
                 raise unknown(f"choice of {name}", getattr(self, name), known)
         for layer in range(self.layers):
             self.make_mixer(layer, parent=None)
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width inside the MLP."""
+        return self.mlp_features or 4 * self.features
 
     @property
     def kernel_init(self) -> Callable:
@@ -140,6 +151,13 @@ class TransformerConfig:
         common = {"causal": self.causal, "kernel_init": self.kernel_init, "out_init": self.out_init}
         chosen = common | options | dict(_of_layer(self.mixer_options, layer))
         return mixers.create(_of_layer(self.mixer, layer), features=self.features, defaults=defaults, **chosen)
+
+    def make_mlp(self, **options: Any) -> nn.Module:
+        """The position-wise network; `options` are more of `zoo.layers.mlp.MLP`."""
+        common = {"kernel_init": self.kernel_init, "out_init": self.out_init, **options}
+        if self.mlp_blocks == 1:
+            return MLP(self.mlp_hidden, self.mlp, self.mlp_bias, **common)
+        return RoutedMLP(self.mlp_hidden, self.mlp, self.mlp_bias, self.mlp_blocks, self.mlp_active, **common)
 
     def make_norm(self, **options: Any) -> nn.Module:
         """A norm of the residual stream; `options` are more of `zoo.layers.norms.norm`."""
@@ -182,10 +200,7 @@ class Block(nn.Module):
         norm1 = config.make_norm(name="norm1", **options)
         mixer = config.make_mixer(self.layer, name="mixer", **options)
         norm2 = config.make_norm(name="norm2", **options)
-        mlp = MLP(
-            config.mlp_features or 4 * config.features, config.mlp, config.mlp_bias,
-            kernel_init=config.kernel_init, out_init=config.out_init, name="mlp", **options,
-        )  # fmt: skip
+        mlp = config.make_mlp(name="mlp", **options)
         dropout = Dropout(config.dropout)
         drop_path = DropPath(config.drop_path * self.layer / max(config.layers - 1, 1))
 

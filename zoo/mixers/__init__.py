@@ -10,6 +10,7 @@ from zoo.mixers import (  # noqa: F401  registers
     retention,
     selective_scan,
     softmax,
+    sparse_topl,
     state_space,
 )
 from zoo.mixers.base import Mixer, State, create, names, options, register, state_bytes, token_positions

@@ -26,6 +26,7 @@ def fit_generated(
     steps: int,
     learning_rate: float,
     seed: int,
+    variables: Any = None,
 ) -> Any:
     """Trains with AdamW (weight decay 0.1, gradients clipped at 1, a tenth of warm-up, then a cosine) on one device.
 
@@ -37,6 +38,7 @@ def fit_generated(
       steps: updates.
       learning_rate: at its highest.
       seed: of the initial parameters.
+      variables: to start from, in place of the model's own; its "params" are trained.
 
     Returns:
       The trained variables.
@@ -47,7 +49,11 @@ def fit_generated(
     optimizer = build_optimizer(config, steps)
     mesh = make_mesh(MeshConfig(data=1))
     example = batch(0)["tokens"][:1]
-    state = init_sharded(lambda rng: model.init(rng, example), optimizer, jax.random.key(seed), mesh)
+
+    def initial(rng: jax.Array) -> Any:
+        return model.init(rng, example) if variables is None else variables
+
+    state = init_sharded(initial, optimizer, jax.random.key(seed), mesh)
     step = make_train_step(loss, optimizer, state)
     data = grain.MapDataset.range(steps + 1).map(batch)
     options = FitConfig(steps=steps, log_every=max(steps // 20, 1))

@@ -16,12 +16,12 @@ from zoo.files import atomic
 from zoo.weights.names import Rule, convert, flatten, unflatten
 from zoo.weights.readers import Source, open_tensors
 
-COLLECTIONS = ("params", "batch_stats")
+COLLECTIONS = ("params", "batch_stats", "lora")
 _SAVED = (Rule("(.+)", "{0}"),)  # our own files hold our own paths
 
 
 def abstract_variables(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes and dtypes of a model's parameters and batch statistics, without computing anything.
+    """Shapes and dtypes of a model's parameters, batch statistics and adapters, without computing anything.
 
     Args:
       model: a Flax module.
