@@ -11,7 +11,7 @@ Parameters: `embed`, `positions` if learned, `layer_{i}/{norm1,mixer,norm2,mlp}`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -184,8 +184,14 @@ class DecoderLM(nn.Module):
         *,
         valid: jax.Array | None = None,
         deterministic: bool = True,
+        mixer_arguments: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> tuple[jax.Array, DecoderState | None]:
-        """What the head sees: (batch, time, features) after the last norm, and the next state; see `__call__`."""
+        """What the head sees: (batch, time, features) after the last norm, and the next state.
+
+        Args:
+          tokens, state, valid, deterministic: see `__call__`.
+          mixer_arguments: further arguments of each layer's mixer, None for a layer that is left out; None is none.
+        """
         config = self.config
         _check(config, tokens, state, valid)
         positions = mixers.token_positions(tokens.shape, valid, None if state is None else state.length)
@@ -204,8 +210,11 @@ class DecoderLM(nn.Module):
         x = self.dropout(x, train=not deterministic)
         states = []
         for layer, block in enumerate(self.layer):
-            x, next_state = block(x, None if state is None else state.layers[layer], valid, deterministic)
-            states.append(next_state)
+            past = None if state is None else state.layers[layer]
+            more = {} if mixer_arguments is None else mixer_arguments[layer]
+            if more is not None:
+                x, past = block(x, past, valid, deterministic, **more)
+            states.append(past)
         if config.norm_position == "pre":
             x = self.norm(x)
         return x, None if state is None else DecoderState(length, tuple(states))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import flax.linen as nn
@@ -171,34 +172,42 @@ class Block(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, state: mixers.State | None, valid: jax.Array | None, deterministic: bool
-    ) -> tuple[jax.Array, mixers.State | None]:
-        """(batch, time, features) to the same, and the mixer's next state."""
+    def setup(self):
+        """Names of parameters: norm1, mixer, norm2, mlp."""
         config = self.config
-        x = keep_batch_cut(x)
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm1 = config.make_norm(name="norm1", **options)
-        mixer = config.make_mixer(self.layer, name="mixer", **options)
-        norm2 = config.make_norm(name="norm2", **options)
-        mlp = MLP(
+        self.norm1 = config.make_norm(**options)
+        self.mixer = config.make_mixer(self.layer, **options)
+        self.norm2 = config.make_norm(**options)
+        self.mlp = MLP(
             config.mlp_features or 4 * config.features, config.mlp, config.mlp_bias,
-            kernel_init=config.kernel_init, out_init=config.out_init, name="mlp", **options,
+            kernel_init=config.kernel_init, out_init=config.out_init, **options,
         )  # fmt: skip
-        dropout = Dropout(config.dropout)
-        drop_path = DropPath(config.drop_path * self.layer / max(config.layers - 1, 1))
+        self.dropout = Dropout(config.dropout)
+        self.drop_path = DropPath(config.drop_path * self.layer / max(config.layers - 1, 1))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        state: mixers.State | None,
+        valid: jax.Array | None,
+        deterministic: bool,
+        **mixer_arguments: Any,
+    ) -> tuple[jax.Array, mixers.State | None]:
+        """(batch, time, features) to the same, and the mixer's next state; it may take more arguments of its own."""
+        x = keep_batch_cut(x)
+        mix = partial(self.mixer, valid=valid, deterministic=deterministic, **mixer_arguments)
 
         def branch(y: jax.Array) -> jax.Array:
-            return drop_path(dropout(y, train=not deterministic), deterministic=deterministic)
+            return self.drop_path(self.dropout(y, train=not deterministic), deterministic=deterministic)
 
-        if config.norm_position == "pre":
-            y, state = mixer(norm1(x), state, valid=valid, deterministic=deterministic)
+        if self.config.norm_position == "pre":
+            y, state = mix(self.norm1(x), state)
             x = self.between(x + branch(y))
-            return x + branch(mlp(norm2(x))), state
-        y, state = mixer(x, state, valid=valid, deterministic=deterministic)
-        x = self.between(norm1(x + branch(y)))
-        return norm2(x + branch(mlp(x))), state
+            return x + branch(self.mlp(self.norm2(x))), state
+        y, state = mix(x, state)
+        x = self.between(self.norm1(x + branch(y)))
+        return self.norm2(x + branch(self.mlp(x))), state
 
     def between(self, x: jax.Array) -> jax.Array:
         """The residual stream between the two branches, as it is: a place where `zoo.probe` reads and patches."""

@@ -2,6 +2,7 @@
 
 from zoo.mixers import (  # noqa: F401  registers
     convolution,
+    deconstructed,
     delta_rule,
     gated_linear_attention,
     linear_attention,
