@@ -334,7 +334,10 @@ def test_costs_are_the_papers_and_caches_those_of_states():
         (lambda: paper.DeconConfig(fixed_tokens=(50304,)), r"fixed_tokens must be in 0 \.\. 50303, got 50304"),
         (lambda: paper.DeconConfig("approx", approx_form="other"), "unknown form of approximate attention 'other'"),
         (lambda: small("approx").apply(parameters("approx"), 4, method=paper.DeconLM.maps), "only rndemb and fixedseq"),
-        (lambda: paper.precompute_maps(small("rndemb"), parameters("rndemb"), 13), "13 tokens are more than max_len 12"),
+        (
+            lambda: paper.precompute_maps(small("rndemb"), parameters("rndemb"), 13),
+            "13 tokens are more than max_len 12",
+        ),
         (
             lambda: small("rndemb").apply(parameters("rndemb"), TOKENS, stream=jnp.zeros((8, 16))),
             r"the stream must be \('at least 9', 16\), got \(8, 16\)",

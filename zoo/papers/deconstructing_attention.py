@@ -367,9 +367,9 @@ def _attention_map(mixer: Any, query: jax.Array, key: jax.Array) -> AttentionMap
 def attention_indicators(weights: jax.Array) -> dict[str, jax.Array]:
     """What a layer's map is like: numbers that the paper's section 4.4 defines, means over heads.
 
-    "entropy": the sum of the rows' entropies, in nats; "concentration": the Frobenius norm; "head_diversity": the
-    standard deviation over heads, the mean of the lower triangle; "sink": mean weight of the first key; "local_focus_N": mean
-    weight of the key N before, N = 0 .. 3, of the rows that have one.
+    "entropy": the sum of the rows' entropies, in nats. "concentration": the Frobenius norm. "head_diversity": the
+    standard deviation over heads, the mean of the lower triangle. "sink": mean weight of the first key.
+    "local_focus_N": mean weight of the key N before, N = 0 .. 3, of the rows that have one.
 
     Args:
       weights: float (..., heads, time, time), causal, at least 4 tokens.
