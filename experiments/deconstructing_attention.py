@@ -39,15 +39,15 @@ class Config:
     # The standard layers of hybrids, a name in `HYBRIDS`.
     hybrid: str = "even"
     # Width, MLP's width, layers and heads.
-    dim: int = 64
-    mlp_dim: int = 160
+    dim: int = 48
+    mlp_dim: int = 128
     layers: int = 4
     heads: int = 4
     # Bytes of a sequence, and sequences of an update.
     length: int = 64
-    batch_size: int = 16
+    batch_size: int = 8
     # Updates, and the learning rate of AdamW at its highest.
-    steps: int = 300
+    steps: int = 600
     learning_rate: float = 3e-3
     # One training of each network each.
     seeds: tuple[int, ...] = (0, 1)
@@ -87,7 +87,7 @@ PRESETS = {
         batch_size=2, steps=2, seeds=(0,), windows=2,
     ),
     "long": Config(
-        dim=96, mlp_dim=256, layers=6, heads=6, length=128, steps=800, learning_rate=1e-3, seeds=(0, 1, 2)
+        dim=96, mlp_dim=256, layers=6, heads=6, length=128, batch_size=16, steps=800, learning_rate=1e-3, seeds=(0, 1, 2)
     ),
     "paper": Config(
         dim=896, mlp_dim=4864, layers=24, heads=14, length=2048, batch_size=256, steps=29_000, learning_rate=4e-4,
@@ -243,8 +243,8 @@ def arrangement_claim(found: Mapping[tuple[str, str], list[Measured]], config: C
     axes = figure.subplots()
     places = np.arange(len(variants))
     for offset, arrangement in ((-0.2, UNIFORM), (0.2, HYBRID)):
-        rows = np.array([_over_standard(found, variant, arrangement) for variant in variants])
-        axes.bar(places + offset, rows.mean(axis=1), 0.4, yerr=rows.std(axis=1), capsize=3, label=arrangement)
+        bars = np.array([_over_standard(found, variant, arrangement) for variant in variants])
+        axes.bar(places + offset, bars.mean(axis=1), 0.4, yerr=bars.std(axis=1), capsize=3, label=arrangement)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xticks=places, xticklabels=variants, ylabel="bits a byte more than standard")
     axes.legend()
@@ -282,9 +282,9 @@ def indicator_claim(found: Mapping[tuple[str, str], list[Measured]], config: Con
         "local_focus_3", "largest_logit",
     )  # fmt: skip
     for axes, name in zip(figure.subplots(2, 5).ravel(), names, strict=False):
-        for (variant, arrangement), rows in found.items():
-            layers = sorted(rows[0].indicators)
-            line = np.array([np.mean([row.indicators[index][name] for row in rows]) for index in layers])
+        for (variant, arrangement), trained in found.items():
+            layers = sorted(trained[0].indicators)
+            line = np.array([np.mean([row.indicators[index][name] for row in trained]) for index in layers])
             if name in ("entropy", "concentration") and len(layers):
                 line = paper.normalised(line)
             style = "o-" if arrangement == UNIFORM else "s--"

@@ -238,7 +238,9 @@ class DeconLM(nn.Module):
         """The head: (..., dim) from `hidden` to float32 (..., vocab_size)."""
         return self.decoder.logits(x)
 
-    def _mixer_arguments(self, tokens, state, valid, stream) -> list[dict[str, Any] | None]:
+    def _mixer_arguments(
+        self, tokens: jax.Array, state: DecoderState | None, valid: jax.Array | None, stream: jax.Array | None
+    ) -> list[dict[str, Any] | None]:
         config = self.config
         if config.skip:
             return [{} if standard else None for standard in config.is_standard]
@@ -328,12 +330,12 @@ class AttentionMap(NamedTuple):
 
 
 def attention_maps(
-    model: DeconLM, variables: Mapping[str, Any], tokens: jax.Array, stream: jax.Array | None = None
+    model: nn.Module, variables: Mapping[str, Any], tokens: jax.Array, stream: jax.Array | None = None
 ) -> tuple[jax.Array, dict[int, AttentionMap]]:
     """Logits, and the map of every layer that has one, by its index from 0.
 
     Args:
-      model, variables: the language model.
+      model, variables: the language model, a `DeconLM`.
       tokens: int (batch, time), without padding.
       stream: as of `DeconLM`.
     """
