@@ -87,7 +87,8 @@ PRESETS = {
         batch_size=2, steps=2, seeds=(0,), windows=2,
     ),
     "long": Config(
-        dim=96, mlp_dim=256, layers=6, heads=6, length=128, batch_size=16, steps=800, learning_rate=1e-3, seeds=(0, 1, 2)
+        dim=96, mlp_dim=256, layers=6, heads=6, length=128, batch_size=16, steps=800, learning_rate=1e-3,
+        seeds=(0, 1, 2),
     ),
     "paper": Config(
         dim=896, mlp_dim=4864, layers=24, heads=14, length=2048, batch_size=256, steps=29_000, learning_rate=4e-4,

@@ -100,4 +100,20 @@ CASES = [
         {"heads": 4, "key_heads": 2, "rotary": Rotary(), "deviation": 1.0, "max_length": 16},
         bidirectional=False,
     ),
+    Case(
+        "softmax",
+        "narrow_queries",
+        {"heads": 2, "key_heads": 1, "query_dim": 4, "qkv_bias": True, "rotary": Rotary()},
+        slow=True,
+    ),
+    Case(
+        "normalized_attention",
+        "grouped",
+        {"heads": 4, "key_heads": 2, "query_dim": 6, "qkv_bias": True},
+        bidirectional=False,
+    ),
+    Case("plain_s6", "own_rates", {"state_size": 4}, bidirectional=False),
+    Case("plain_s6", "one_rate", {"state_size": 4, "scalar": True}, bidirectional=False, slow=True),
+    Case("qlstm", "reversed", {"reversed": True}, bidirectional=False),
+    Case("qlstm", "plain", {}, bidirectional=False, slow=True),
 ]

@@ -58,6 +58,7 @@ class DecoderConfig(TransformerConfig):
       embedding_scale: factor of the embeddings (Gemma: sqrt(features)).
       logit_softcap: c caps the vocabulary's logits to c tanh(logits / c) (Gemma 2), or None.
       float32_residual: the residual stream is float32 also where the computation is not.
+      embedding_dropout: of the embeddings; None is `dropout`.
     """
 
     POSITIONS: ClassVar[tuple[str, ...]] = ("learned", "sinusoidal", "rotary", "none")
@@ -93,11 +94,14 @@ class DecoderConfig(TransformerConfig):
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
     float32_residual: bool = False
+    embedding_dropout: float | None = None
     causal: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "vocab_size", "max_length", "logit_softcap")
+        if self.embedding_dropout is not None and not 0.0 <= self.embedding_dropout < 1.0:
+            raise ValueError(f"embedding_dropout must be None or in [0, 1), got {self.embedding_dropout}")
         if self.positions == "learned" and self.max_length is None:
             raise ValueError("learned positions need max_length, the rows of their table")
 
@@ -139,7 +143,7 @@ class DecoderLM(nn.Module):
         self.embed = embed(config.vocab_size, embedding_init=partitioned(config.kernel_init, "vocab", "embed"))
         if config.positions == "learned":
             self.positions = embed(config.max_length, embedding_init=partitioned(config.kernel_init, None, "embed"))
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout if config.embedding_dropout is None else config.embedding_dropout)
         self.layer = make_blocks(config, **options)
         if config.norm_position == "pre":
             self.norm = config.make_norm(**options)

@@ -22,6 +22,7 @@ from zoo.layers.partitioning import keep_batch_cut
 from zoo.layers.rotary import Rotary
 
 NormPosition = Literal["pre", "post"]
+NO_MLP = ("identity", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class TransformerConfig:
       layers: number of blocks.
       heads, key_heads, head_dim, window, qkv_bias, out_bias: of mixers that have them, as in `zoo.mixers.softmax`.
       mlp_features: width inside the MLP; None is 4 features.
-      mlp: its kind, a name of `zoo.layers.mlp`.
+      mlp: its kind, a name of `zoo.layers.mlp`; "identity", whose branch adds its norm as it is; or "none", no branch.
       mlp_bias: of its projections.
       norm: "layer" or "rms".
       norm_epsilon: of all norms.
@@ -105,7 +106,10 @@ class TransformerConfig:
             value = getattr(self, name)
             if isinstance(value, tuple) and not 1 <= len(value) <= self.layers:
                 raise ValueError(f"{name} as a tuple needs 1 to layers = {self.layers} entries, got {len(value)}")
-        check_mlp(self.mlp)
+        if self.mlp not in NO_MLP:
+            check_mlp(self.mlp)
+        elif self.norm_position == "post":
+            raise ValueError(f"mlp = {self.mlp!r} needs norm_position = 'pre'")
         for name, known in (
             ("norm", get_args(NormKind)),
             ("norm_position", get_args(NormPosition)),
@@ -178,11 +182,13 @@ class Block(nn.Module):
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.norm1 = config.make_norm(**options)
         self.mixer = config.make_mixer(self.layer, **options)
-        self.norm2 = config.make_norm(**options)
-        self.mlp = MLP(
-            config.mlp_features or 4 * config.features, config.mlp, config.mlp_bias,
-            kernel_init=config.kernel_init, out_init=config.out_init, **options,
-        )  # fmt: skip
+        if config.mlp != "none":
+            self.norm2 = config.make_norm(**options)
+        if config.mlp not in NO_MLP:
+            self.mlp = MLP(
+                config.mlp_features or 4 * config.features, config.mlp, config.mlp_bias,
+                kernel_init=config.kernel_init, out_init=config.out_init, **options,
+            )  # fmt: skip
         self.dropout = Dropout(config.dropout)
         self.drop_path = DropPath(config.drop_path * self.layer / max(config.layers - 1, 1))
 
@@ -204,7 +210,10 @@ class Block(nn.Module):
         if self.config.norm_position == "pre":
             y, state = mix(self.norm1(x), state)
             x = self.between(x + branch(y))
-            return x + branch(self.mlp(self.norm2(x))), state
+            if self.config.mlp == "none":
+                return x, state
+            normed = self.norm2(x)
+            return x + branch(normed if self.config.mlp == "identity" else self.mlp(normed)), state
         y, state = mix(x, state)
         x = self.between(self.norm1(x + branch(y)))
         return self.norm2(x + branch(self.mlp(x))), state

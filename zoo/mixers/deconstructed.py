@@ -157,11 +157,12 @@ class ApproximateAttention(RecurrentMixer, ProjectedHeads):
     @nn.nowrap
     def init_state(self, batch_size, length):
         """See `Mixer`."""
-        width = self.width_of_head
+        heads, width = self.heads, self.width_of_query
         if self.form == "taylor":
-            memory = empty_memory(batch_size, self.heads, feature_size("taylor", width), width)
+            width = feature_size("taylor", width)
         else:
-            memory = empty_memory(batch_size, 3 * self.heads, width, width)
+            heads = 3 * heads
+        memory = empty_memory(batch_size, heads, width, self.width_of_head)
         return ApproximateState(memory, jnp.zeros(batch_size, jnp.int32))
 
 
@@ -333,8 +334,8 @@ class FixedMapAttention(RecurrentMixer, ProjectedHeads):
     def init_state(self, batch_size, length):
         """See `Mixer`."""
         self._check_length(length)
-        past = cache.empty(batch_size, length, None, self.key_head_count, self.width_of_head, self.state_dtype)
-        return past._replace(key=past.key[..., :0])  # of no width: keys are shared
+        # Keys are shared: those of a sequence have no width.
+        return cache.empty(batch_size, length, None, self.key_head_count, 0, self.width_of_head, self.state_dtype)
 
 
 def random_vectors(seed: int, count: int, features: int, deviation: float) -> jax.Array:

@@ -20,6 +20,7 @@ class ProjectedHeads(Mixer):
       key_heads: key and value heads, a divisor of `heads`, each shared by consecutive query heads (grouped-query
         attention, Ainslie et al. 2023); None is `heads`.
       head_dim: width of a head; None is features / heads.
+      query_dim: width of a head's queries and keys; None is head_dim.
       rotary: rotary position embedding of queries and keys, or None.
       qk_norm: norm of each head's query and key before the rotation (Dehghani et al. 2023), "layer" or "rms".
       qk_norm_epsilon: that norm's.
@@ -29,6 +30,7 @@ class ProjectedHeads(Mixer):
     heads: int = 8
     key_heads: int | None = None
     head_dim: int | None = None
+    query_dim: int | None = None
     rotary: Rotary | None = None
     qk_norm: NormKind | None = None
     qk_norm_epsilon: float = 1e-6
@@ -41,13 +43,20 @@ class ProjectedHeads(Mixer):
             raise ValueError(f"features ({self.features}) must be a multiple of heads ({self.heads}), or give head_dim")
         if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
             raise ValueError(f"heads ({self.heads}) must be a multiple of key_heads ({self.key_heads})")
+        if self.query_dim is not None and self.query_dim < 1:
+            raise ValueError(f"query_dim must be None or positive, got {self.query_dim}")
         if self.rotary is not None:
-            self.rotary.frequencies(self.width_of_head)
+            self.rotary.frequencies(self.width_of_query)
 
     @property
     def width_of_head(self) -> int:
         """Features of a head."""
         return self.features // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def width_of_query(self) -> int:
+        """Features of a head's queries and keys."""
+        return self.width_of_head if self.query_dim is None else self.query_dim
 
     @property
     def key_head_count(self) -> int:
@@ -58,8 +67,8 @@ class ProjectedHeads(Mixer):
         """The projections; parameters are independent of every length."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         project = partial(dense, use_bias=self.qkv_bias, kernel_init=self.kernel_init, **options)
-        self.query = project(self.heads * self.width_of_head, ("embed", "heads"))
-        self.key = project(self.key_head_count * self.width_of_head, ("embed", "kv_heads"))
+        self.query = project(self.heads * self.width_of_query, ("embed", "heads"))
+        self.key = project(self.key_head_count * self.width_of_query, ("embed", "kv_heads"))
         self.value = project(self.key_head_count * self.width_of_head, ("embed", "kv_heads"))
         self.out = dense(
             self.features, ("heads", "embed"), use_bias=self.out_bias, kernel_init=self.out_init, **options

@@ -116,4 +116,5 @@ class SoftmaxAttention(ProjectedHeads):
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> cache.KeyValueCache:
         """See `Mixer`."""
-        return cache.empty(batch_size, length, self.window, self.key_head_count, self.width_of_head, self.state_dtype)
+        widths = (self.width_of_query, self.width_of_head)
+        return cache.empty(batch_size, length, self.window, self.key_head_count, *widths, self.state_dtype)
