@@ -37,6 +37,7 @@ import jax.numpy as jnp
 
 from kernels.attention_readout import attention_entries
 from zoo.backbones.decoder_lm import DecoderLM
+from zoo.backbones.transformer import NO_MLP
 from zoo.errors import unknown
 from zoo.layers.mlp import GATED
 from zoo.mixers.softmax import SoftmaxAttention
@@ -59,11 +60,16 @@ class Probe(NamedTuple):
 
 
 def sites(model: DecoderLM) -> list[str]:
-    """All sites of a model; those within attention only of layers that have softmax attention."""
+    """All sites of a model; those within attention only of layers that have softmax attention, of MLPs if there are."""
     names = []
     for layer in range(model.config.layers):
         softmax = isinstance(model.config.make_mixer(layer, parent=None), SoftmaxAttention)
-        names += [f"{name}.{layer}" for name in LAYER_SITES if softmax or name not in _ATTENTION_SITES]
+        missing: tuple[str, ...] = () if softmax else _ATTENTION_SITES
+        if model.config.mlp in NO_MLP:
+            missing += ("mlp_pre", "mlp_post", "mlp_out")
+        if model.config.mlp == "none":
+            missing += ("mlp_norm",)
+        names += [f"{name}.{layer}" for name in LAYER_SITES if name not in missing]
     return [*names, *_FINAL_SITES]
 
 

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.attention_readout import attention_entries
 from zoo.backbones import DecoderConfig, DecoderLM
 from zoo.backbones.decoder_lm import DecoderState
 from zoo.errors import unknown
@@ -50,8 +49,8 @@ PAPER = Paper(
     venue="NeurIPS",
     year=2024,
     arxiv="2405.15731",
-    claim="Attention, state-space models and recurrent networks are one dynamical system; normaliser, size of state and "
-    "forget gate explain what they recall.",
+    claim="Attention, state-space models and recurrent networks are one dynamical system; normaliser, size of the "
+    "state and forget gate explain what they recall.",
     code="https://github.com/IntelligentControlSystems/dsf-mqar",
     code_license="Apache-2.0",
     remarks="The published normalized attention has an MLP that the linear attention it is compared with has not.",
@@ -198,7 +197,9 @@ def to_dsf(mixer: Mixer, variables: Mapping[str, Any], x: jax.Array) -> Represen
     return _represented(separable_attention(query, key, divisor, value.shape[-1]), value)
 
 
-def _separable_parts(mixer, bound, weights, x) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _separable_parts(
+    mixer: Mixer, bound: Any, weights: Mapping[str, Any], x: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Of each head (batch, heads, time, ...): mapped queries and keys, values, divisors."""
     if isinstance(mixer, NormalizedAttention):
         query, key = bound.unrotated(x)
@@ -265,8 +266,8 @@ def effective_attention(mixer: Mixer, variables: Mapping[str, Any], x: jax.Array
       float32 (batch, heads or channels, time, time), lower triangular.
     """
     if isinstance(mixer, SoftmaxAttention):
-        query, key = mixer.apply(variables, x, jnp.arange(x.shape[1])[None], method=SoftmaxAttention.query_key)
-        return attention_entries(query, key, causal=True)
+        bound = mixer.bind(variables)
+        return bound.weights(*bound.query_key(x, jnp.arange(x.shape[1])[None]))
     represented = to_dsf(mixer, variables, x)
     batch, heads, time, width = represented.inputs.shape
     kernel = ltv_kernel(represented.system).reshape(batch, heads, time, width, time, width)
@@ -331,7 +332,7 @@ class DsfConfig:
     def mixer(self) -> tuple[str, dict[str, Any]]:
         """The name in `zoo.mixers`, and options."""
         query_dim = self.d_qk // self.num_heads
-        return {
+        known: dict[Kind, tuple[str, dict[str, Any]]] = {
             "sm_attention": ("softmax", {"query_dim": query_dim, "dropout": self.attention_dropout}),
             # The published sum has no epsilon; this one is below what float32 adds to it.
             "lin_attention": ("linear_attention", {"feature_dim": query_dim, "epsilon": 1e-30}),
@@ -340,7 +341,8 @@ class DsfConfig:
             "ssd": ("plain_s6", {"state_size": self.d_qk, "scalar": True, "step_bias_init": nn.initializers.zeros}),
             "qlstm": ("qlstm", {"out_init": nn.initializers.normal(0.02)}),
             "qlstm_rev": ("qlstm", {"reversed": True, "out_init": nn.initializers.normal(0.02)}),
-        }[self.kind]
+        }
+        return known[self.kind]
 
     @property
     def decoder(self) -> DecoderConfig:

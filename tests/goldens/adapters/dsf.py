@@ -38,35 +38,35 @@ def adapter(
     return outputs
 
 
-def _core(u, lam_logit, b, c, d) -> dict[str, np.ndarray]:
+def _core(u: jax.Array, lam_logit: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> dict[str, np.ndarray]:
     width, states = b.shape[-1], b.shape[-2]
     system = dsf.System(jax.nn.sigmoid(lam_logit + 2), b / width**0.5, c / states**0.5, d / width**0.5)
     y, h = dsf.ltv_system(system, u)
     return {"y": np.asarray(y), "h": np.asarray(h), "kernel": np.asarray(dsf.ltv_kernel(system))}
 
 
-def _maps(u, wq, wk, wv, wn, wdelta, wb, wc, a_log, wf, wi, wo) -> dict[str, np.ndarray]:
-    def project(weight: jax.Array) -> jax.Array:
-        return u @ weight.T / weight.shape[1] ** 0.5
+def _maps(u: jax.Array, a_log: jax.Array, **weights: jax.Array) -> dict[str, np.ndarray]:
+    def project(name: str) -> jax.Array:
+        return u @ weights[name].T / u.shape[-1] ** 0.5
 
     def separable(query: jax.Array, key: jax.Array, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value = project(wv)
+        value = project("wv")
         system = dsf.separable_attention(query, key, divisor, value.shape[-1])
         return system.transition[..., 0], dsf.ltv_system(system, value)[0]
 
     outputs = {}
-    query, key = jax.nn.elu(project(wq)) + 1, jax.nn.elu(project(wk)) + 1
+    query, key = jax.nn.elu(project("wq")) + 1, jax.nn.elu(project("wk")) + 1
     divisor = jnp.sum(query * jnp.cumsum(key, axis=1), axis=-1)
     outputs["lin_attention.lambda"], outputs["lin_attention.y"] = separable(query, key, divisor)
-    divisor = jnp.exp(project(wn)[..., 0])
-    outputs["norm_attention.lambda"], outputs["norm_attention.y"] = separable(project(wq), project(wk), divisor)
+    divisor = jnp.exp(project("wn")[..., 0])
+    outputs["norm_attention.lambda"], outputs["norm_attention.y"] = separable(project("wq"), project("wk"), divisor)
 
-    step, rate = jax.nn.softplus(project(wdelta)), -jnp.exp(a_log / 2)
-    system = dsf.selective_system(step, rate, project(wb), project(wc), jnp.zeros(rate.shape[0]))
+    step, rate = jax.nn.softplus(project("wdelta")), -jnp.exp(a_log / 2)
+    system = dsf.selective_system(step, rate, project("wb"), project("wc"), jnp.zeros(rate.shape[0]))
     outputs["s6.lambda"] = system.transition.reshape(*step.shape, -1)
     outputs["s6.y"], _ = dsf.ltv_system(system, u)
 
-    outputs["reversed_sigmoid.lambda"] = dsf.forget_gate(project(wdelta), -rate[:, 0])
-    gates = (jax.nn.sigmoid(project(weight)) for weight in (wf, wi, wo))
+    outputs["reversed_sigmoid.lambda"] = dsf.forget_gate(project("wdelta"), -rate[:, 0])
+    gates = (jax.nn.sigmoid(project(name)) for name in ("wf", "wi", "wo"))
     outputs["qlstm_core.y"], _ = dsf.ltv_system(dsf.gated_system(*gates), u)
     return {name: np.asarray(value) for name, value in outputs.items()}
