@@ -215,6 +215,11 @@ def test_dropout_is_of_embeddings_and_of_softmax_only():
             ),
             r"leave must have time = 5 on axis -3, got \(4, 2, 4\)",
         ),
+        (
+            lambda: dataclasses.replace(dsf.DsfConfig().decoder, norm_position="post"),
+            "mlp = 'identity' needs norm_position = 'pre'",
+        ),
+        (lambda: dsf.DsfConfig(embedding_dropout=1.0), r"embedding_dropout must be None or in \[0, 1\), got 1.0"),
         (lambda: mixers.create("qlstm", features=5, expand=1.5), r"whole number .*got 5 \* 1.5"),
         (lambda: mixers.create("plain_s6", features=8, state_size=0), "state_size must be at least 1, got 0"),
         (lambda: mixers.create("softmax", features=8, heads=2, query_dim=0), "query_dim must be None or positive"),
