@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from experiments import command_line
 from zoo import compilation, mixers, reports, train
 from zoo.data.recall import IGNORED, mqar
-from zoo.papers.based import Based, BasedConfig, BasedMQAR, MQARConfig, recall_metrics
+from zoo.papers.based import Based, BasedConfig, BasedMQAR, MQARConfig
+from zoo.train.recall import recall_metrics
 
 # What the second layer is; the first is a short convolution.
 MODELS: Mapping[str, Mapping[str, Any]] = {
@@ -176,7 +177,7 @@ def segment_batches(segments: tuple[Segment, ...], vocab_size: int, batch_size: 
 
 
 def loss_of_answers(model: BasedMQAR) -> Callable:
-    """`zoo.papers.based.recall_loss` of the batches of `segment_batches`: logits only where something is asked."""
+    """`zoo.train.recall.recall_loss` of the batches of `segment_batches`: logits only where something is asked."""
 
     def loss(params, model_state, batch, rngs, train):
         x, _ = model.apply({"params": params}, batch["tokens"], method="hidden")

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 
 from kernels.attention_readout import attention_entries
 from zoo.backbones.decoder_lm import DecoderLM
+from zoo.backbones.transformer import NO_MLP
 from zoo.errors import unknown
 from zoo.layers.mlp import GATED
 from zoo.mixers.softmax import SoftmaxAttention
@@ -47,7 +48,6 @@ LAYER_SITES = (
     "mlp_norm", "mlp_pre", "mlp_post", "mlp_out", "resid_post",
 )  # fmt: skip
 _ATTENTION_SITES = ("q_pre_rope", "q", "k", "v", "scores", "pattern", "z")
-_MLP_SITES = ("mlp_pre", "mlp_post")
 _FINAL_SITES = ("norm_final", "logits")
 
 
@@ -60,15 +60,22 @@ class Probe(NamedTuple):
 
 
 def sites(model: DecoderLM) -> list[str]:
-    """All sites of a model: those within attention only of layers that have softmax attention, those within the MLP
-    only where it is not routed.
+    """All sites of a model: those within attention only of layers that have softmax attention, those of MLPs only where
+    there are any, those within them only where they are not routed.
     """
+    config = model.config
+    absent: tuple[str, ...] = ()
+    if config.mlp in NO_MLP or config.mlp_blocks > 1:
+        absent += ("mlp_pre", "mlp_post")
+    if config.mlp in NO_MLP:
+        absent += ("mlp_out",)
+    if config.mlp == "none":
+        absent += ("mlp_norm",)
     names = []
-    for layer in range(model.config.layers):
-        softmax = isinstance(model.config.make_mixer(layer, parent=None), SoftmaxAttention)
-        absent: tuple[str, ...] = () if softmax else _ATTENTION_SITES
-        absent += () if model.config.mlp_blocks == 1 else _MLP_SITES
-        names += [f"{name}.{layer}" for name in LAYER_SITES if name not in absent]
+    for layer in range(config.layers):
+        softmax = isinstance(config.make_mixer(layer, parent=None), SoftmaxAttention)
+        missing = absent + (() if softmax else _ATTENTION_SITES)
+        names += [f"{name}.{layer}" for name in LAYER_SITES if name not in missing]
     return [*names, *_FINAL_SITES]
 
 

@@ -9,7 +9,8 @@ from experiments import based
 from tests.parameters import random_parameters
 from zoo import mixers, reports
 from zoo.data.recall import IGNORED
-from zoo.papers.based import Based, BasedMQAR, MQARConfig, recall_loss
+from zoo.papers.based import Based, BasedMQAR, MQARConfig
+from zoo.train.recall import recall_loss
 
 SMOKE = based.PRESETS["smoke"]
 

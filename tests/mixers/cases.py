@@ -16,7 +16,7 @@ LENGTH = 12
 class Case:
     """A mixer, options for features = FEATURES, and whether it has a form that is not causal.
 
-    A slow case is left to `make test-all`: every mixer needs one that is not.
+    A slow case is left to `make test-all`: every mixer needs one that is not. One that does not mix tokens has no past.
     """
 
     mixer: str
@@ -24,6 +24,7 @@ class Case:
     options: Mapping[str, Any]
     bidirectional: bool = True
     slow: bool = False
+    mixes: bool = True
 
     def __hash__(self) -> int:
         return hash((self.mixer, self.label))
@@ -99,4 +100,34 @@ CASES = [
         {"heads": 4, "key_heads": 2, "rotary": Rotary(), "qkv_bias": True, "out_bias": True, "learned": True},
         bidirectional=False,
     ),
+    Case("pointwise", "plain", {}, bidirectional=False, mixes=False),
+    Case(
+        "approximate",
+        "grouped",
+        {"heads": 4, "key_heads": 2, "qk_norm": "rms", "qkv_bias": True, "rotary": Rotary()},
+        bidirectional=False,
+    ),
+    Case("key_only", "grouped", {"heads": 4, "key_heads": 2, "qkv_bias": True}, bidirectional=False),
+    Case(
+        "fixed_map",
+        "grouped",
+        {"heads": 4, "key_heads": 2, "rotary": Rotary(), "deviation": 1.0, "max_length": 16},
+        bidirectional=False,
+    ),
+    Case(
+        "softmax",
+        "narrow_queries",
+        {"heads": 2, "key_heads": 1, "query_dim": 4, "qkv_bias": True, "rotary": Rotary()},
+        slow=True,
+    ),
+    Case(
+        "normalized_attention",
+        "grouped",
+        {"heads": 4, "key_heads": 2, "query_dim": 6, "qkv_bias": True},
+        bidirectional=False,
+    ),
+    Case("plain_s6", "own_rates", {"state_size": 4}, bidirectional=False),
+    Case("plain_s6", "one_rate", {"state_size": 4, "scalar": True}, bidirectional=False, slow=True),
+    Case("qlstm", "reversed", {"reversed": True}, bidirectional=False),
+    Case("qlstm", "plain", {}, bidirectional=False, slow=True),
 ]

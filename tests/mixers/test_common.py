@@ -139,7 +139,7 @@ def test_a_token_changes_itself_and_later_ones_only(case, changed):
     before, after = parallel(case, x), parallel(case, other)
     np.testing.assert_array_equal(before[:, :changed], after[:, :changed])
     assert float(jnp.abs(before[:, changed] - after[:, changed]).max()) > 1e-3
-    if changed + 1 < LENGTH:
+    if changed + 1 < LENGTH and case.mixes:
         assert float(jnp.abs(before[:, changed + 1] - after[:, changed + 1]).max()) > 1e-4
 
 

@@ -14,6 +14,7 @@ from zoo.compilation import compile_for
 from zoo.data.recall import IGNORED
 from zoo.papers import based
 from zoo.papers.based import Based, BasedConfig, BasedMQAR, MQARConfig
+from zoo.train.recall import recall_metrics
 from zoo.weights import names
 
 SMALL = BasedConfig(
@@ -174,7 +175,7 @@ def test_losses_and_their_gradients(small):
     value, (_, metrics) = loss(variables["params"], {}, {"tokens": TOKENS}, {}, True)
     np.testing.assert_allclose(metrics["perplexity"], jnp.exp(value))
     logits = jnp.log(jnp.array([[[0.7, 0.2, 0.1], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]]]))
-    metrics = based.recall_metrics(logits, jnp.array([[0, IGNORED, 2]]))
+    metrics = recall_metrics(logits, jnp.array([[0, IGNORED, 2]]))
     np.testing.assert_allclose(metrics["loss"], -np.log(0.7 * 0.1) / 2, rtol=1e-6)
     assert metrics["accuracy"] == 0.5
 

@@ -11,7 +11,7 @@ Parameters: `embed`, `positions` if learned, `layer_{i}/{norm1,mixer,norm2,mlp}`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -59,6 +59,7 @@ class DecoderConfig(TransformerConfig):
       embedding_scale: factor of the embeddings (Gemma: sqrt(features)).
       logit_softcap: c caps the vocabulary's logits to c tanh(logits / c) (Gemma 2), or None.
       float32_residual: the residual stream is float32 also where the computation is not.
+      embedding_dropout: of the embeddings; None is `dropout`.
     """
 
     POSITIONS: ClassVar[tuple[str, ...]] = ("learned", "sinusoidal", "rotary", "none")
@@ -95,11 +96,14 @@ class DecoderConfig(TransformerConfig):
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
     float32_residual: bool = False
+    embedding_dropout: float | None = None
     causal: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "vocab_size", "max_length", "logit_softcap")
+        if self.embedding_dropout is not None and not 0.0 <= self.embedding_dropout < 1.0:
+            raise ValueError(f"embedding_dropout must be None or in [0, 1), got {self.embedding_dropout}")
         if self.positions == "learned" and self.max_length is None:
             raise ValueError("learned positions need max_length, the rows of their table")
 
@@ -142,7 +146,7 @@ class DecoderLM(nn.Module):
         if config.positions == "learned":
             rows = config.max_length + config.position_offset
             self.positions = embed(rows, embedding_init=partitioned(config.kernel_init, None, "embed"))
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout if config.embedding_dropout is None else config.embedding_dropout)
         self.layer = make_blocks(config, **options)
         if config.norm_position == "pre":
             self.norm = config.make_norm(**options)
@@ -187,8 +191,14 @@ class DecoderLM(nn.Module):
         *,
         valid: jax.Array | None = None,
         deterministic: bool = True,
+        mixer_arguments: Sequence[Mapping[str, Any] | None] | None = None,
     ) -> tuple[jax.Array, DecoderState | None]:
-        """What the head sees: (batch, time, features) after the last norm, and the next state; see `__call__`."""
+        """What the head sees: (batch, time, features) after the last norm, and the next state.
+
+        Args:
+          tokens, state, valid, deterministic: see `__call__`.
+          mixer_arguments: further arguments of each layer's mixer, None for a layer that is left out; None is none.
+        """
         config = self.config
         _check(config, tokens, state, valid)
         positions = mixers.token_positions(tokens.shape, valid, None if state is None else state.length)
@@ -207,8 +217,11 @@ class DecoderLM(nn.Module):
         x = self.dropout(x, train=not deterministic)
         states = []
         for layer, block in enumerate(self.layer):
-            x, next_state = block(x, None if state is None else state.layers[layer], valid, deterministic)
-            states.append(next_state)
+            past = None if state is None else state.layers[layer]
+            more = {} if mixer_arguments is None else mixer_arguments[layer]
+            if more is not None:
+                x, past = block(x, past, valid, deterministic, **more)
+            states.append(past)
         if config.norm_position == "pre":
             x = self.norm(x)
         return x, None if state is None else DecoderState(length, tuple(states))

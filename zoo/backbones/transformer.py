@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import flax.linen as nn
@@ -22,6 +23,7 @@ from zoo.layers.rotary import Rotary
 from zoo.layers.routed_mlp import RoutedMLP, check_blocks
 
 NormPosition = Literal["pre", "post"]
+NO_MLP = ("identity", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class TransformerConfig:
       layers: number of blocks.
       heads, key_heads, head_dim, window, qkv_bias, out_bias: of mixers that have them, as in `zoo.mixers.softmax`.
       mlp_features: width inside the MLP; None is 4 features.
-      mlp: its kind, a name of `zoo.layers.mlp`.
+      mlp: its kind, a name of `zoo.layers.mlp`; "identity", whose branch adds its norm as it is; or "none", no branch.
       mlp_bias: of its projections.
       mlp_blocks, mlp_active: blocks into which its hidden units are cut, and how many a token runs through, chosen by
         a router (`zoo.layers.routed_mlp`); one block is the plain MLP.
@@ -109,8 +111,11 @@ class TransformerConfig:
             value = getattr(self, name)
             if isinstance(value, tuple) and not 1 <= len(value) <= self.layers:
                 raise ValueError(f"{name} as a tuple needs 1 to layers = {self.layers} entries, got {len(value)}")
-        check_mlp(self.mlp)
-        check_blocks(self.mlp_hidden, self.mlp_blocks, self.mlp_active)
+        if self.mlp not in NO_MLP:
+            check_mlp(self.mlp)
+            check_blocks(self.mlp_hidden, self.mlp_blocks, self.mlp_active)
+        elif self.norm_position == "post":
+            raise ValueError(f"mlp = {self.mlp!r} needs norm_position = 'pre'")
         for name, known in (
             ("norm", get_args(NormKind)),
             ("norm_position", get_args(NormPosition)),
@@ -189,31 +194,44 @@ class Block(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, state: mixers.State | None, valid: jax.Array | None, deterministic: bool
-    ) -> tuple[jax.Array, mixers.State | None]:
-        """(batch, time, features) to the same, and the mixer's next state."""
+    def setup(self):
+        """Names of parameters: norm1, mixer, norm2, mlp."""
         config = self.config
-        x = keep_batch_cut(x)
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm1 = config.make_norm(name="norm1", **options)
-        mixer = config.make_mixer(self.layer, name="mixer", **options)
-        norm2 = config.make_norm(name="norm2", **options)
-        mlp = config.make_mlp(name="mlp", **options)
-        dropout = Dropout(config.dropout)
-        drop_path = DropPath(config.drop_path * self.layer / max(config.layers - 1, 1))
+        self.norm1 = config.make_norm(**options)
+        self.mixer = config.make_mixer(self.layer, **options)
+        if config.mlp != "none":
+            self.norm2 = config.make_norm(**options)
+        if config.mlp not in NO_MLP:
+            self.mlp = config.make_mlp(**options)
+        self.dropout = Dropout(config.dropout)
+        self.drop_path = DropPath(config.drop_path * self.layer / max(config.layers - 1, 1))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        state: mixers.State | None,
+        valid: jax.Array | None,
+        deterministic: bool,
+        **mixer_arguments: Any,
+    ) -> tuple[jax.Array, mixers.State | None]:
+        """(batch, time, features) to the same, and the mixer's next state; it may take more arguments of its own."""
+        x = keep_batch_cut(x)
+        mix = partial(self.mixer, valid=valid, deterministic=deterministic, **mixer_arguments)
 
         def branch(y: jax.Array) -> jax.Array:
-            return drop_path(dropout(y, train=not deterministic), deterministic=deterministic)
+            return self.drop_path(self.dropout(y, train=not deterministic), deterministic=deterministic)
 
-        if config.norm_position == "pre":
-            y, state = mixer(norm1(x), state, valid=valid, deterministic=deterministic)
+        if self.config.norm_position == "pre":
+            y, state = mix(self.norm1(x), state)
             x = self.between(x + branch(y))
-            return x + branch(mlp(norm2(x))), state
-        y, state = mixer(x, state, valid=valid, deterministic=deterministic)
-        x = self.between(norm1(x + branch(y)))
-        return norm2(x + branch(mlp(x))), state
+            if self.config.mlp == "none":
+                return x, state
+            normed = self.norm2(x)
+            return x + branch(normed if self.config.mlp == "identity" else self.mlp(normed)), state
+        y, state = mix(x, state)
+        x = self.between(self.norm1(x + branch(y)))
+        return self.norm2(x + branch(self.mlp(x))), state
 
     def between(self, x: jax.Array) -> jax.Array:
         """The residual stream between the two branches, as it is: a place where `zoo.probe` reads and patches."""

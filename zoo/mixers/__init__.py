@@ -2,7 +2,9 @@
 
 from zoo.mixers import (  # noqa: F401  registers
     convolution,
+    deconstructed,
     delta_rule,
+    dynamical,
     gated_linear_attention,
     linear_attention,
     momentum,

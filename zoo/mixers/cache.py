@@ -18,12 +18,14 @@ _UNSEEN = np.int32(2**30)  # a key's position that no causal query reaches
 class KeyValueCache(NamedTuple):
     """Keys and values by slot; the slots from `length` on are free."""
 
-    key: jax.Array  # (batch, slots, key_heads, head_dim), rotated already
-    value: jax.Array  # (batch, slots, key_heads, head_dim)
+    key: jax.Array  # (batch, slots, key_heads, key_dim), rotated already
+    value: jax.Array  # (batch, slots, key_heads, value_dim)
     length: jax.Array  # int32 (batch,), valid tokens seen so far, also those that a ring has forgotten
 
 
-def empty(batch_size: int, length: int, window: int | None, heads: int, head_dim: int, dtype: Any) -> KeyValueCache:
+def empty(
+    batch_size: int, length: int, window: int | None, heads: int, key_dim: int, value_dim: int, dtype: Any
+) -> KeyValueCache:
     """A cache for `length` tokens, or a ring if the window is shorter.
 
     Raises:
@@ -32,9 +34,9 @@ def empty(batch_size: int, length: int, window: int | None, heads: int, head_dim
     if batch_size < 1 or length < 1:
         raise ValueError(f"a state needs a positive batch size and length, got {batch_size} and {length}")
     slots = length if window is None else min(window, length)
-    shape = (batch_size, slots, heads, head_dim)
-    # Two arrays, not one twice: a caller may donate the state.
-    return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch_size, jnp.int32))
+    shape = (batch_size, slots, heads)
+    key, value = (jnp.zeros((*shape, width), dtype) for width in (key_dim, value_dim))
+    return KeyValueCache(key, value, jnp.zeros(batch_size, jnp.int32))
 
 
 def append(
@@ -44,7 +46,7 @@ def append(
 
     Args:
       cache: the past.
-      key, value: (batch, time, key_heads, head_dim).
+      key, value: (batch, time, key_heads, key_dim or value_dim).
       positions: int32 (batch, time) from `token_positions`; -1 is not stored.
       window: as given to `empty`.
 

@@ -43,6 +43,7 @@ class LinearAttention(RecurrentMixer):
         "taylor", phi(q) . phi(k) = 1 + s + s^2 / 2 (Arora et al. 2024, "Based").
       normalize: whether to divide; phi must then be positive, which "identity" and "square" are not.
       epsilon: added to the divisor.
+      qkv_bias, out_bias: whether the projections have biases.
       max_length: of "cosformer", whose weights are positive up to this distance.
     """
 
@@ -54,6 +55,8 @@ class LinearAttention(RecurrentMixer):
     feature_map: FeatureMap = "elu"
     normalize: bool = True
     epsilon: float = 1e-6
+    qkv_bias: bool = False
+    out_bias: bool = False
     max_length: int = 2048
 
     def __post_init__(self):
@@ -73,9 +76,9 @@ class LinearAttention(RecurrentMixer):
     def mix(self, x, state, count):
         """See `RecurrentMixer`."""
         width, value_width = self._widths
-        query = self.split_heads(self.project(self.heads * width, "query")(x))
-        key = self.split_heads(self.project(self.heads * width, "key")(x))
-        value = self.split_heads(self.project(self.heads * value_width, "value")(x))
+        query = self.split_heads(self.project(self.heads * width, "query", use_bias=self.qkv_bias)(x))
+        key = self.split_heads(self.project(self.heads * width, "key", use_bias=self.qkv_bias)(x))
+        value = self.split_heads(self.project(self.heads * value_width, "value", use_bias=self.qkv_bias)(x))
         there = exists(x, count)
         positions = token_positions(x.shape[:2], there, None if state is None else state.length)
         query, key = self._map(query, positions), self._map(key, positions)
@@ -87,7 +90,7 @@ class LinearAttention(RecurrentMixer):
                 memory = memory._replace(key_sum=memory.key_sum.at[:, :, 0].add(-missing[:, None]))
         else:
             out = self._attend_both_ways(query, key, value, there)
-        y = self.project_out()(out.reshape(*x.shape[:2], -1))
+        y = self.project_out(use_bias=self.out_bias)(out.reshape(*x.shape[:2], -1))
         return y, None if state is None else LinearState(memory, seen_tokens(state.length, x, count))
 
     def _attend(self, query, key, value, state, normalize):

@@ -48,20 +48,20 @@ class MomentumAttention(SoftmaxAttention):
         super().setup()
         if self.learned:
             init = partitioned(nn.initializers.constant(jnp.log(self.momentum / (1 - self.momentum))), None)
-            self.momentum_logit = self.param("momentum_logit", init, (self._key_heads,), jnp.float32)
+            self.momentum_logit = self.param("momentum_logit", init, (self.key_head_count,), jnp.float32)
 
     def __call__(self, x, state=None, *, valid=None, deterministic=True):
         """See `Mixer`."""
         past = None if state is None else state.cache
         y, next_cache = super().__call__(x, past, valid=valid, deterministic=deterministic)
-        value = self.value(x).reshape(*x.shape[:2], self._key_heads, -1)
+        value = self.split_values(x)
         wide = value.astype(jnp.float32)
         keep = nn.sigmoid(self.momentum_logit)[:, None] if self.learned else jnp.float32(self.momentum)
         if valid is not None:
             there = valid[..., None, None]
             wide, keep = jnp.where(there, wide, 0), jnp.where(there, keep, 1)
         sums = leaky_sum(wide, keep, None if state is None else state.sum)
-        before = jnp.repeat(sums - wide, self.heads // self._key_heads, axis=2).reshape(*x.shape[:2], -1)
+        before = jnp.repeat(sums - wide, self.heads // self.key_head_count, axis=2).reshape(*x.shape[:2], -1)
         # The projection out is linear but for its bias, which the attention's part has already.
         more = self.out(before.astype(value.dtype)) - self.out(jnp.zeros((1, 1, before.shape[-1]), value.dtype))
         y = y + (more if valid is None else jnp.where(valid[..., None], more, 0))
@@ -71,4 +71,4 @@ class MomentumAttention(SoftmaxAttention):
     def init_state(self, batch_size, length):
         """See `Mixer`."""
         past = super().init_state(batch_size, length)
-        return MomentumState(past, jnp.zeros((batch_size, self._key_heads, self._head_dim), jnp.float32))
+        return MomentumState(past, jnp.zeros((batch_size, self.key_head_count, self.width_of_head), jnp.float32))

@@ -25,15 +25,16 @@ class RecurrentMixer(Mixer):
 
     BIDIRECTIONAL: ClassVar[bool] = False  # whether there is a form that is not causal
 
-    def __call__(self, x, state=None, *, valid=None, deterministic=True):
-        """See `Mixer`."""
+    def __call__(self, x, state=None, *, valid=None, deterministic=True, **more):
+        """See `Mixer`; `more` are further arguments of `mix`."""
         self.check(x, state, valid)
         if not (self.causal or self.BIDIRECTIONAL):
             raise ValueError(f"{type(self).__name__} is causal: it has no form for causal=False")
         if valid is None:
-            return self.mix(x, state, None)
+            return self.mix(x, state, None, **more)
         order = jnp.argsort(~valid, axis=1, stable=True)
-        y, state = self.mix(jnp.take_along_axis(x, order[..., None], axis=1), state, valid.sum(axis=1, dtype=jnp.int32))
+        count = valid.sum(axis=1, dtype=jnp.int32)
+        y, state = self.mix(jnp.take_along_axis(x, order[..., None], axis=1), state, count, **more)
         y = jnp.take_along_axis(y, jnp.argsort(order, axis=1)[..., None], axis=1)
         return jnp.where(valid[..., None], y, 0), state
 

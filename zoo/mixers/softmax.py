@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -10,15 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels.attention import attention
-from zoo.layers.norms import NormKind, norm
-from zoo.layers.partitioning import dense, partitioned
-from zoo.layers.rotary import Rotary, rotate
+from kernels.attention_readout import attention_entries
+from zoo.layers.partitioning import partitioned
 from zoo.mixers import cache
-from zoo.mixers.base import Mixer, register, token_positions
+from zoo.mixers.base import register, token_positions
+from zoo.mixers.heads import ProjectedHeads
 
 
 @register("softmax")
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(ProjectedHeads):
     """Softmax attention of several heads between linear projections.
 
     Its state is a `zoo.mixers.cache.KeyValueCache`: `length` slots, or `window` if that is less. A cache without a
@@ -27,31 +26,15 @@ class SoftmaxAttention(Mixer):
     For probes (`flax.linen.intercept_methods`): the submodules `query`, `key`, `value` give the projections, the method
     `attend` takes queries and keys as they are compared and gives the heads' outputs, `out` takes these.
 
-    Fields beside those of `Mixer`:
-      heads: query heads.
-      key_heads: key and value heads, a divisor of `heads`, each shared by consecutive query heads (grouped-query
-        attention, Ainslie et al. 2023); None is `heads`.
-      head_dim: width of a head; None is features / heads.
+    Fields beside those of `ProjectedHeads`:
       window: a token sees those at a distance below it: causally itself and the window - 1 before. None is all.
-      rotary: rotary position embedding of queries and keys, or None.
-      qk_norm: norm of each head's query and key before the rotation (Dehghani et al. 2023), "layer" or "rms".
-      qk_norm_epsilon: that norm's.
-      qkv_bias, out_bias: whether the projections have biases.
       dropout: probability of dropping an attention weight.
       softcap: c caps logits to c tanh(logits / c).
       sinks: a learned logit per head that joins the softmax's denominator only.
       scale: factor of the logits; None is head_dim^-0.5.
     """
 
-    heads: int = 8
-    key_heads: int | None = None
-    head_dim: int | None = None
     window: int | None = None
-    rotary: Rotary | None = None
-    qk_norm: NormKind | None = None
-    qk_norm_epsilon: float = 1e-6
-    qkv_bias: bool = False
-    out_bias: bool = False
     dropout: float = 0.0
     softcap: float | None = None
     sinks: bool = False
@@ -59,54 +42,29 @@ class SoftmaxAttention(Mixer):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.heads < 1 or (self.head_dim is None and self.features % self.heads):
-            raise ValueError(f"features ({self.features}) must be a multiple of heads ({self.heads}), or give head_dim")
-        if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
-            raise ValueError(f"heads ({self.heads}) must be a multiple of key_heads ({self.key_heads})")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be None or positive, got {self.window}")
-        if self.rotary is not None:
-            self.rotary.frequencies(self._head_dim)
-
-    @property
-    def _head_dim(self) -> int:
-        return self.features // self.heads if self.head_dim is None else self.head_dim
-
-    @property
-    def _key_heads(self) -> int:
-        return self.heads if self.key_heads is None else self.key_heads
 
     def setup(self):
         """The projections; parameters are independent of every length."""
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        project = partial(dense, use_bias=self.qkv_bias, kernel_init=self.kernel_init, **options)
-        self.query = project(self.heads * self._head_dim, ("embed", "heads"))
-        self.key = project(self._key_heads * self._head_dim, ("embed", "kv_heads"))
-        self.value = project(self._key_heads * self._head_dim, ("embed", "kv_heads"))
-        self.out = dense(
-            self.features, ("heads", "embed"), use_bias=self.out_bias, kernel_init=self.out_init, **options
-        )
-        if self.qk_norm is not None:
-            self.query_norm = norm(self.qk_norm, epsilon=self.qk_norm_epsilon, axis=None, **options)
-            self.key_norm = norm(self.qk_norm, epsilon=self.qk_norm_epsilon, axis=None, **options)
+        super().setup()
         if self.sinks:
             self.sink_logits = self.param(
                 "sinks", partitioned(nn.initializers.zeros_init(), None), (self.heads,), jnp.float32
             )
 
-    def __call__(self, x, state=None, *, valid=None, deterministic=True):
-        """See `Mixer`."""
+    def __call__(self, x, state=None, *, valid=None, deterministic=True, query_key=None):
+        """See `Mixer`.
+
+        Args:
+          query_key: queries and keys of these tokens from elsewhere, as `query_key` gives them; None is from x.
+        """
         self.check(x, state, valid)
         shape = x.shape[:2]
-        query = self.query(x).reshape(*shape, self.heads, -1)
-        dtype = query.dtype
-        key = self.key(x).reshape(*shape, self._key_heads, -1)
-        value = self.value(x).reshape(*shape, self._key_heads, -1)
-        if self.qk_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
         positions = token_positions(shape, valid, None if state is None else state.length)
-        if self.rotary is not None:
-            query, key = rotate(query, positions, self.rotary), rotate(key, positions, self.rotary)
+        query, key = self.query_key(x, positions) if query_key is None else query_key
+        dtype = query.dtype
+        value = self.split_values(x)
 
         if state is not None:
             state, key, value, mask = cache.append(state, key, value, positions, self.window)
@@ -151,7 +109,12 @@ class SoftmaxAttention(Mixer):
             **mask,
         }
 
+    def weights(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """The map: float32 (batch, heads, time, time) of queries and keys as they are compared, without padding."""
+        return attention_entries(query, key, **self.logits({}))
+
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> cache.KeyValueCache:
         """See `Mixer`."""
-        return cache.empty(batch_size, length, self.window, self._key_heads, self._head_dim, self.state_dtype)
+        widths = (self.width_of_query, self.width_of_head)
+        return cache.empty(batch_size, length, self.window, self.key_head_count, *widths, self.state_dtype)

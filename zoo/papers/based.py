@@ -41,12 +41,12 @@ from kernels.linear_attention import LinearAttentionState
 from zoo import mixers
 from zoo.backbones import DecoderConfig, DecoderLM
 from zoo.backbones.decoder_lm import DecoderState
-from zoo.data.recall import IGNORED
 from zoo.errors import unknown
 from zoo.layers.norms import norm
 from zoo.layers.partitioning import partitioned
 from zoo.layers.rotary import Rotary
 from zoo.registry import Paper, Variant, register
+from zoo.train.recall import recall_loss
 from zoo.weights.names import Rule, layer, under
 
 PAPER = Paper(
@@ -399,16 +399,20 @@ class BasedMQAR(nn.Module):
         self.norm2 = [layer_norm(name=f"layer_{index}_norm2") for index in range(config.n_layers)]
         self.norm = layer_norm()
 
-    def __call__(self, tokens: jax.Array, state: MQARState | None = None) -> tuple[jax.Array, MQARState | None]:
+    def __call__(
+        self, tokens: jax.Array, state: MQARState | None = None, *, deterministic: bool = True
+    ) -> tuple[jax.Array, MQARState | None]:
         """Logits (batch, time, vocab_size) at each of the tokens (batch, time), and the next state.
 
         Raises:
           ValueError, TypeError: the tokens' shape or dtype is wrong, or there are more than positions.
         """
-        x, state = self.hidden(tokens, state)
+        x, state = self.hidden(tokens, state, deterministic=deterministic)
         return self.logits(x), state
 
-    def hidden(self, tokens: jax.Array, state: MQARState | None = None) -> tuple[jax.Array, MQARState | None]:
+    def hidden(
+        self, tokens: jax.Array, state: MQARState | None = None, *, deterministic: bool = True
+    ) -> tuple[jax.Array, MQARState | None]:
         """What the head sees: (batch, time, d_model), and the next state; see `__call__`."""
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -422,7 +426,7 @@ class BasedMQAR(nn.Module):
         states = []
         for index in range(config.n_layers):
             past = None if state is None else state.layers[index]
-            y, past = self.mixer[index](self.norm1[index](x), past)
+            y, past = self.mixer[index](self.norm1[index](x), past, deterministic=deterministic)
             x = x + y
             x = x + self.norm2[index](x)
             states.append(past)
@@ -451,27 +455,6 @@ def mqar_example_inputs(config: MQARConfig, batch_size: int) -> dict[str, Any]:
 def mqar_example_targets(config: MQARConfig, batch_size: int) -> dict[str, Any]:
     """Labels of the same shape."""
     return {"labels": np.zeros((batch_size, 64), np.int32)}
-
-
-def recall_metrics(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """Mean cross entropy ("loss") and "accuracy" over the positions of labels (batch, time) that are not IGNORED."""
-    asked = labels != IGNORED
-    wanted = jnp.where(asked, labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
-    count = jnp.maximum(asked.sum(), 1)
-    correct = (jnp.argmax(logits, axis=-1) == wanted) & asked
-    return {"loss": jnp.where(asked, losses, 0).sum() / count, "accuracy": correct.sum() / count}
-
-
-def recall_loss(model: BasedMQAR) -> Callable:
-    """The training loss of batches of "tokens" and "labels" (batch, time), for `zoo.train`."""
-
-    def loss(params, model_state, batch, rngs, train):
-        logits, _ = model.apply({"params": params, **model_state}, batch["tokens"])
-        metrics = recall_metrics(logits, batch["labels"])
-        return metrics.pop("loss"), (model_state, metrics)
-
-    return loss
 
 
 def mqar_weight_rules(config: MQARConfig) -> list[Rule]:

@@ -14,6 +14,7 @@ import zoo
 from kernels.linear_attention import linear_attention, taylor_features
 from zoo.data.recall import mqar
 from zoo.papers import based
+from zoo.train.recall import recall_metrics
 
 
 def adapter(
@@ -29,7 +30,7 @@ def adapter(
     logits, _ = jax.jit(model.apply)(variables, inputs["tokens"])
     outputs = {"logits": np.asarray(logits)}
     if "labels" in inputs:
-        metrics = based.recall_metrics(logits, inputs["labels"])
+        metrics = recall_metrics(logits, inputs["labels"])
         outputs |= {name: np.asarray(value).reshape(1) for name, value in metrics.items()}
     return outputs
 
