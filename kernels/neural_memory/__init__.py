@@ -98,6 +98,36 @@ def neural_memory(
     return run.aligned(inputs, memory) if aligned else run.anywhere(inputs, memory, lengths)
 
 
+def read_memory(
+    query: jax.Array, weights: Weights, norm: tuple[jax.Array, jax.Array] | None = None
+) -> jax.Array:
+    """Reads a memory that does not change: M(q_t) for each query, as `neural_memory` reads after its last token.
+
+    Args:
+      query: (batch, time, heads, D).
+      weights: of each layer (batch, heads, out, in), of a `MemoryState`.
+      norm: as of `neural_memory`.
+
+    Returns:
+      (batch, time, heads, D) in the query's dtype.
+
+    Raises:
+      ValueError, TypeError: a shape or dtype is wrong.
+    """
+    if query.ndim != 4 or not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"query must be floating point (batch, time, heads, D), got {query.dtype} {query.shape}")
+    _check_weights(weights, (query.shape[0], query.shape[2]), query.shape[3])
+    x = y = query.astype(jnp.float32)
+    for layer, weight in enumerate(weights):
+        y = jax.nn.gelu(y, approximate=True) if layer else y
+        y = jnp.einsum("bthi,bhoi->btho", y, weight.astype(jnp.float32), precision="highest")
+    if norm is not None:
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + reference.NORM_EPSILON)
+        y = x + y * norm[0] + norm[1]
+    return y.astype(query.dtype)
+
+
 def _choose(chunk_size: int, implementation: Implementation | None) -> Implementation | None:
     in_kernel = chunk_size >= _LEAST_IN_KERNEL and not chunk_size & (chunk_size - 1)
     if implementation in ("tpu", "gpu") and not in_kernel:
@@ -198,14 +228,7 @@ def _check(
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be an integer and at least 1, got {chunk_size!r}")
     weights = memory.weights if isinstance(memory, MemoryState) else memory
-    if not weights:
-        raise ValueError("memory must have at least one layer")
-    leading = (batch, heads) if isinstance(memory, MemoryState) else (heads,)
-    fan_in = width
-    for layer, weight in enumerate(weights):
-        fan_out = width if layer == len(weights) - 1 else weight.shape[-2]
-        recurrent.check_array(f"weights of layer {layer}", weight, (*leading, fan_out, fan_in))
-        fan_in = fan_out
+    _check_weights(weights, (batch, heads) if isinstance(memory, MemoryState) else (heads,), width)
     if isinstance(memory, MemoryState):
         if bool(memory.momentum) != (eta is not None):
             raise ValueError("a state has momentum if and only if eta is given")
@@ -221,3 +244,13 @@ def _check(
         recurrent.check_array(name, array, (heads, width))
     if lengths is not None and (lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
         raise ValueError(f"lengths must be integers ({batch},), got {lengths.dtype} {lengths.shape}")
+
+
+def _check_weights(weights: Weights, leading: tuple[int, ...], width: int) -> None:
+    if not weights:
+        raise ValueError("memory must have at least one layer")
+    fan_in = width
+    for layer, weight in enumerate(weights):
+        fan_out = width if layer == len(weights) - 1 else weight.shape[-2]
+        recurrent.check_array(f"weights of layer {layer}", weight, (*leading, fan_out, fan_in))
+        fan_in = fan_out

@@ -85,4 +85,17 @@ CASES = [
         {"heads": 4, "key_heads": 2, "rotary": Rotary(), "qkv_bias": True, "out_bias": True, "learned": True},
         bidirectional=False,
     ),
+    Case("titans_lmm", "chunks", {"heads": 2, "chunk_size": 4}, bidirectional=False),
+    Case(
+        "titans_lmm", "matrix",
+        {"heads": 2, "chunk_size": 1, "memory_depth": 1, "kernel_size": 0, "momentum": False, "decay": False},
+        bidirectional=False, slow=True,
+    ),
+    Case("titans_mag", "plain", {"heads": 2, "memory_heads": 1, "chunk_size": 4, "window": 3, "num_persistent_tokens": 3}, bidirectional=False),
+    Case("titans_mal", "plain", {"heads": 2, "memory_heads": 1, "chunk_size": 4, "window": 3, "num_persistent_tokens": 3}, bidirectional=False),
+    Case("titans_mac", "plain", {"heads": 2, "memory_heads": 1, "chunk_size": 2, "segment_len": 4, "num_persistent_tokens": 3}),
+    Case(
+        "titans_mac", "averaged",
+        {"heads": 2, "chunk_size": 2, "segment_len": 6, "num_memory_tokens": 3, "num_persistent_tokens": 0}, slow=True,
+    ),
 ]

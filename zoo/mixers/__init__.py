@@ -11,6 +11,7 @@ from zoo.mixers import (  # noqa: F401  registers
     selective_scan,
     softmax,
     state_space,
+    titans,
 )
 from zoo.mixers.base import Mixer, State, create, names, options, register, state_bytes, token_positions
 

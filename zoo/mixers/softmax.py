@@ -98,32 +98,49 @@ class SoftmaxAttention(Mixer):
         """See `Mixer`."""
         self.check(x, state, valid)
         shape = x.shape[:2]
-        query = self.query(x).reshape(*shape, self.heads, -1)
+        positions = token_positions(shape, valid, None if state is None else state.length)
+        query, key, value = self.project(x, positions)
         dtype = query.dtype
+        state, key, value, mask = self.remember(state, key, value, positions, valid)
+        query = query.astype(key.dtype)
+        heads = self.attend(query, key, value, mask, deterministic=deterministic)
+        y = self.out(heads.reshape(*shape, -1).astype(dtype))
+        return (y if valid is None else jnp.where(valid[..., None], y, 0)), state
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values (batch, time, their heads, head_dim) of tokens at positions (batch or 1, time)."""
+        shape = x.shape[:2]
+        query = self.query(x).reshape(*shape, self.heads, -1)
         key = self.key(x).reshape(*shape, self._key_heads, -1)
         value = self.value(x).reshape(*shape, self._key_heads, -1)
         if self.qk_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        positions = token_positions(shape, valid, None if state is None else state.length)
         if self.rotary is not None:
             query, key = rotate(query, positions, self.rotary), rotate(key, positions, self.rotary)
+        return query, key, value
 
+    @nn.nowrap
+    def remember(
+        self,
+        state: cache.KeyValueCache | None,
+        key: jax.Array,
+        value: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array | None,
+    ) -> tuple[cache.KeyValueCache | None, jax.Array, jax.Array, dict[str, Any]]:
+        """The next state, and keys and values of past and new tokens with the mask of `attend`."""
         if state is not None:
-            state, key, value, mask = cache.append(state, key, value, positions, self.window)
-            query = query.astype(key.dtype)
-        elif valid is not None:
-            segments = valid.astype(jnp.int32)
-            mask = {
-                "query_positions": positions,
-                "key_positions": positions,
-                "query_segment_ids": segments,
-                "key_segment_ids": segments,
-            }
-        else:
-            mask = {}
-        heads = self.attend(query, key, value, mask, deterministic=deterministic)
-        y = self.out(heads.reshape(*shape, -1).astype(dtype))
-        return (y if valid is None else jnp.where(valid[..., None], y, 0)), state
+            return cache.append(state, key, value, positions, self.window)
+        if valid is None:
+            return None, key, value, {}
+        segments = valid.astype(jnp.int32)
+        mask = {
+            "query_positions": positions,
+            "key_positions": positions,
+            "query_segment_ids": segments,
+            "key_segment_ids": segments,
+        }
+        return None, key, value, mask
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: dict[str, Any], *, deterministic: bool
