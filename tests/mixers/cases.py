@@ -24,6 +24,7 @@ class Case:
     options: Mapping[str, Any]
     bidirectional: bool = True
     slow: bool = False
+    tolerance: float = 2e-5  # of what must be equal, in standard deviations
 
     def __hash__(self) -> int:
         return hash((self.mixer, self.label))
@@ -85,17 +86,33 @@ CASES = [
         {"heads": 4, "key_heads": 2, "rotary": Rotary(), "qkv_bias": True, "out_bias": True, "learned": True},
         bidirectional=False,
     ),
-    Case("titans_lmm", "chunks", {"heads": 2, "chunk_size": 4}, bidirectional=False),
+    # Training inside the sequence amplifies rounding.
+    Case("titans_lmm", "chunks", {"heads": 2, "chunk_size": 4}, bidirectional=False, tolerance=3e-4),
     Case(
-        "titans_lmm", "matrix",
+        "titans_lmm", "plain_matrix",
         {"heads": 2, "chunk_size": 1, "memory_depth": 1, "kernel_size": 0, "momentum": False, "decay": False},
-        bidirectional=False, slow=True,
+        bidirectional=False, slow=True, tolerance=3e-4,
     ),
-    Case("titans_mag", "plain", {"heads": 2, "memory_heads": 1, "chunk_size": 4, "window": 3, "num_persistent_tokens": 3}, bidirectional=False),
-    Case("titans_mal", "plain", {"heads": 2, "memory_heads": 1, "chunk_size": 4, "window": 3, "num_persistent_tokens": 3}, bidirectional=False),
-    Case("titans_mac", "plain", {"heads": 2, "memory_heads": 1, "chunk_size": 2, "segment_len": 4, "num_persistent_tokens": 3}),
+    *(
+        Case(
+            f"titans_{kind}", "matrix" if depth == 1 else "deep",
+            {
+                "heads": 2, "memory_heads": 1, "memory_depth": depth, "chunk_size": 4, "window": 3,
+                "num_persistent_tokens": 3,
+            },
+            bidirectional=False, slow=depth > 1, tolerance=3e-4,
+        )
+        for kind in ("mag", "mal")
+        for depth in (1, 2)
+    ),
+    Case(
+        "titans_mac", "matrix",
+        {"heads": 2, "memory_heads": 1, "memory_depth": 1, "chunk_size": 2, "segment_len": 4, "num_persistent_tokens": 3},
+        tolerance=3e-4,
+    ),
     Case(
         "titans_mac", "averaged",
         {"heads": 2, "chunk_size": 2, "segment_len": 6, "num_memory_tokens": 3, "num_persistent_tokens": 0}, slow=True,
+        tolerance=3e-4,
     ),
-]
+]  # fmt: skip

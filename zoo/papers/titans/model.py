@@ -54,6 +54,7 @@ class TitansConfig:
       momentum, decay: the two parts of the inner training that the ablation takes away.
       causal: False is MAC as printed.
       pack_last_segment: of MAC, see `zoo.mixers.titans.TitansMAC`; what the shared golden cases do.
+      remat: recompute a block in the backward pass instead of keeping its intermediates.
 
     Raises:
       ValueError: a value is out of range.
@@ -79,6 +80,7 @@ class TitansConfig:
     decay: bool = True
     causal: bool = True
     pack_last_segment: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -115,7 +117,7 @@ class TitansConfig:
             mlp="swiglu", mlp_features=hidden, mlp_bias=False, norm="rms", norm_epsilon=1e-6, positions="rotary",
             rotary=Rotary(), qkv_bias=False, out_bias=False, tie_embeddings=True,
             window=self.window if self.kind in ("mag", "mal") else None, mixer=f"titans_{self.kind}",
-            mixer_options=options,
+            mixer_options=options, remat=self.remat,
         )  # fmt: skip
 
 
@@ -185,7 +187,24 @@ _SIZES = {
     "760m": {"num_layers": 24, "dim": 1536, "num_heads": 16},
     "1_3b": {"num_layers": 18, "dim": 2048, "num_heads": 8},
 }
-_PARAMETERS: dict[tuple[str, str], int] = {}
+_PARAMETERS = {  # of these networks: no published code to count in
+    ("lmm", "170m"): 121_162_176,
+    ("lmm", "340m"): 381_555_456,
+    ("lmm", "760m"): 817_698_816,
+    ("lmm", "1_3b"): 1_143_741_792,
+    ("mac", "170m"): 150_671_808,
+    ("mac", "340m"): 485_413_632,
+    ("mac", "760m"): 1_048_983_552,
+    ("mac", "1_3b"): 1_450_524_000,
+    ("mag", "170m"): 150_671_808,
+    ("mag", "340m"): 485_413_632,
+    ("mag", "760m"): 1_048_983_552,
+    ("mag", "1_3b"): 1_450_524_000,
+    ("mal", "170m"): 150_653_376,
+    ("mal", "340m"): 485_364_480,
+    ("mal", "760m"): 1_048_909_824,
+    ("mal", "1_3b"): 1_450_450_272,
+}
 _KINDS: tuple[Kind, ...] = ("lmm", "mac", "mag", "mal")
 
 register(
@@ -194,7 +213,7 @@ register(
         Variant(
             f"titans_{kind}_{size}",
             TitansConfig(kind=kind, num_memory_tokens=256 if kind == "mac" else None, **fields),
-            _PARAMETERS.get((kind, size)),
+            _PARAMETERS[kind, size],
         )
         for kind in _KINDS
         for size, fields in _SIZES.items()
