@@ -14,7 +14,8 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from zoo import reports, train
 from zoo.backbones import DecoderConfig, DecoderLM
 from zoo.data.recall import text_needles
 from zoo.data.text import read_text
-from zoo.papers.titans import TitansConfig
+from zoo.papers.titans import Kind, TitansConfig
 from zoo.timing import median_seconds
 
 BYTES = 256
@@ -175,11 +176,11 @@ def network(kind: str, training: Training, mlp_dim: int = 128, **options: Any) -
         )  # fmt: skip
         return DecoderLM(config)
     sizes = {name: getattr(training, name) for name in ("chunk_size", "window", "segment_len", "num_persistent_tokens")}
-    config = TitansConfig(
-        kind=kind, vocab_size=BYTES, dim=training.features, num_layers=training.layers, num_heads=training.heads,
-        mlp_dim=mlp_dim, **sizes, **options,
+    titans = TitansConfig(
+        kind=cast(Kind, kind), vocab_size=BYTES, dim=training.features, num_layers=training.layers,
+        num_heads=training.heads, mlp_dim=mlp_dim, **sizes, **options,
     )  # fmt: skip
-    return DecoderLM(config.decoder)
+    return DecoderLM(titans.decoder)
 
 
 def with_parameters(kind: str, training: Training, count: int) -> DecoderLM:
@@ -229,7 +230,7 @@ def measure(model: DecoderLM, variables: Any, batches: list[dict[str, np.ndarray
 
 def recall(laboratory: Laboratory) -> tuple[reports.Claim, Figure]:
     """Accuracy of the asked digits, of every model, at the training length and longer."""
-    config, training, task = laboratory.config, laboratory.config.recall, laboratory.config.needles
+    _config, training, task = laboratory.config, laboratory.config.recall, laboratory.config.needles
     lengths = [training.length * multiple for multiple in task.multiples]
     accuracies: dict[str, dict[int, list[float]]] = {}
     for name in task.models:
@@ -242,13 +243,13 @@ def recall(laboratory: Laboratory) -> tuple[reports.Claim, Figure]:
         for seed in training.seeds:
             variables = laboratory.fit(f"recall {name}", model, training, batch, seed)
             for length in lengths:
-                tests = [batch(index, length, laboratory.test) for index in range(-(-task.examples // training.batch_size))]
+                tests = [
+                    batch(index, length, laboratory.test) for index in range(-(-task.examples // training.batch_size))
+                ]
                 accuracies[name][length].append(round(measure(model, variables, tests)["accuracy"], 4))
         print(f"{name}: digits right {accuracies[name]}", flush=True)
     mean = {name: [float(np.mean(rows[length])) for length in lengths] for name, rows in accuracies.items()}
-    measured = {
-        f"{name}, {length} bytes": rows[length] for name, rows in accuracies.items() for length in lengths
-    }
+    measured = {f"{name}, {length} bytes": rows[length] for name, rows in accuracies.items() for length in lengths}
     verdict: reports.Verdict = "not tested"
     if len(mean) == len(ABLATIONS) + 1:
         above = mean["full"][0] - mean[WINDOW][0] >= 0.2
@@ -347,12 +348,16 @@ def dual(config: Dual) -> reports.Claim:
             )[0]  # fmt: skip
 
         outs[name] = np.asarray(call(query))
-        seconds[name] = median_seconds(lambda call=call: call(query), config.repetitions)
+        seconds[name] = median_seconds(partial(call, query), config.repetitions)
     error = float(np.abs(outs["chunked"] - outs["reference"]).max() / outs["reference"].std())
     ratio = seconds["reference"] / seconds["chunked"]
     return reports.Claim(
         statement="The dual form is exact and faster than the recurrence that makes every token's weights.",
-        verdict="reproduced" if error <= 1e-5 and ratio >= 3 else "partly reproduced" if ratio >= 3 else "not reproduced",
+        verdict="reproduced"
+        if error <= 1e-5 and ratio >= 3
+        else "partly reproduced"
+        if ratio >= 3
+        else "not reproduced",
         measured={
             "largest error, in standard deviations": float(f"{error:.2e}"),
             "recurrence: ms": round(1e3 * seconds["reference"], 2),

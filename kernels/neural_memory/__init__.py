@@ -98,9 +98,7 @@ def neural_memory(
     return run.aligned(inputs, memory) if aligned else run.anywhere(inputs, memory, lengths)
 
 
-def read_memory(
-    query: jax.Array, weights: Weights, norm: tuple[jax.Array, jax.Array] | None = None
-) -> jax.Array:
+def read_memory(query: jax.Array, weights: Weights, norm: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
     """Reads a memory that does not change: M(q_t) for each query, as `neural_memory` reads after its last token.
 
     Args:

@@ -107,7 +107,10 @@ CASES = [
     ),
     Case(
         "titans_mac", "matrix",
-        {"heads": 2, "memory_heads": 1, "memory_depth": 1, "chunk_size": 2, "segment_len": 4, "num_persistent_tokens": 3},
+        {
+            "heads": 2, "memory_heads": 1, "memory_depth": 1, "chunk_size": 2, "segment_len": 4,
+            "num_persistent_tokens": 3,
+        },
         tolerance=3e-4,
     ),
     Case(

@@ -118,9 +118,9 @@ def test_a_trace_follows_the_memory():
 def test_loss_reaches_the_first_weights_through_the_inner_training():
     model, variables = small(kind="lmm", num_layers=1)
     loss = zoo.registry.model("titans_lmm_170m").loss(model)
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda params: loss(params, {}, {"tokens": TOKENS}, {}, True)[0])
-    )(variables["params"])
+    value, gradient = jax.jit(jax.value_and_grad(lambda params: loss(params, {}, {"tokens": TOKENS}, {}, True)[0]))(
+        variables["params"]
+    )
     mixer = gradient["decoder"]["layer_0"]["mixer"]
     assert np.isfinite(value)
     for part in ("memory", "theta", "eta", "alpha"):

@@ -5,9 +5,9 @@ No code was published; where the paper is silent or contradicts itself, what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -61,15 +61,15 @@ class InitialMemory(nn.Module):
 def memory_shapes(heads: int, width: int, layers: int, hidden: int) -> list[tuple[int, int, int]]:
     """(heads, out, in) of each layer of a memory from `width` to `width` channels."""
     widths = [width, *[hidden] * (layers - 1), width]
-    return [(heads, fan_out, fan_in) for fan_in, fan_out in zip(widths, widths[1:], strict=False)]
+    return [(heads, fan_out, fan_in) for fan_in, fan_out in itertools.pairwise(widths)]
 
 
 class Pasts(NamedTuple):
-    """The pasts of a memory's convolutions, each (batch, kernel_size - 1, features)."""
+    """The pasts of a memory's convolutions, each (batch, kernel_size - 1, features), or None: nothing was seen."""
 
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
+    query: jax.Array | None
+    key: jax.Array | None
+    value: jax.Array | None
 
 
 class LMMState(NamedTuple):
@@ -125,7 +125,7 @@ class TitansLMM(RecurrentMixer):
         return self.heads, width, self.memory_depth, self.memory_expansion * width
 
     def setup(self):
-        """Parameters: `query`, `key`, `value`, `*_convolution`, `alpha`, `eta`, `theta`, `memory`, `norm`, `gate`, `out`."""
+        """Projections, their convolutions, gates, and the memory that every sequence starts with."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         project = partial(dense, use_bias=False, kernel_init=self.kernel_init, **options)
         self.query, self.key, self.value, self.gate = (project(self.features, ("embed", "heads")) for _ in range(4))
@@ -151,7 +151,7 @@ class TitansLMM(RecurrentMixer):
 
     def mix(self, x, state, count):
         """See `RecurrentMixer`."""
-        weights, norm = self.memory()
+        weights, _norm = self.memory()
         empty = Pasts(None, None, None)
         query, past = self.queries(x, empty.query if state is None else state.pasts.query, count)
         memory = weights if state is None else self.begin(state.length, state.memory)
@@ -249,9 +249,7 @@ class TitansLMM(RecurrentMixer):
     def init_state(self, batch_size, length):
         """See `Mixer`."""
         check_batch_size(batch_size)
-        return LMMState(
-            jnp.zeros(batch_size, jnp.int32), self.empty_memory(batch_size), self.empty_pasts(batch_size)
-        )
+        return LMMState(jnp.zeros(batch_size, jnp.int32), self.empty_memory(batch_size), self.empty_pasts(batch_size))
 
 
 def where_rows(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
@@ -379,11 +377,10 @@ class WindowedHybrid(TitansHybrid):
         self, x: jax.Array, state: WindowedState | None, count: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, LMMState | None]:
         """The memory's outputs for the tokens and for the persistent ones, and its next state."""
-        before = self.num_persistent_tokens
-        if not before:
+        before, prefix = self.num_persistent_tokens, self.prefix(x.dtype)
+        if prefix is None:
             m, after = self.memory.mix(x, None if state is None else state.memory, count)
             return m, None, after
-        prefix = self.prefix(x.dtype)
         if state is None:
             whole = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:])), x], axis=1)
             m, _ = self.memory.mix(whole, None, None if count is None else count + before)
@@ -486,10 +483,10 @@ class TitansMAC(TitansHybrid):
 
     Fields beside those of `TitansHybrid`:
       segment_len: tokens of a segment.
-      num_memory_tokens: of the context: h is averaged over segment_len / num_memory_tokens neighbours, and an average is
-        seen by tokens after them only. None is all of h.
-      pack_last_segment: in a last segment that is shorter, rotary positions go on behind its own context and not behind
-        a full one. Positions then depend on where the sequence ends, so that there is no state.
+      num_memory_tokens: of the context: h is averaged over segment_len / num_memory_tokens neighbours, and tokens after
+        these see the average. None is all of h.
+      pack_last_segment: in a last segment that is shorter, rotary positions go on behind its own context, not behind a
+        full one. Positions then depend on where the sequence ends, so that there is no state.
     """
 
     BIDIRECTIONAL: ClassVar[bool] = True
@@ -593,7 +590,7 @@ class TitansMAC(TitansHybrid):
             past = past.at[rows, place].add((of_context / group).astype(past.dtype), mode="drop")
             place = self._context + slot if live is None else jnp.where(live, self._context + slot, nowhere)
             stored.append(past.at[rows, place].set(of_segment.astype(past.dtype), mode="drop"))
-        y = self._attend(query, *stored, slot, seen, prefix)
+        y = self._attend(query, stored[0], stored[1], slot, seen, prefix)
         y = y if live is None else jnp.where(live[..., None], y, 0)
         # The memory learns from what attention found, and is read with it.
         query, past = self.memory.queries(y, state.pasts.query, count)
@@ -641,10 +638,8 @@ class TitansMAC(TitansHybrid):
             )
             key, value = jnp.concatenate([prefix_key, key], 1), jnp.concatenate([prefix_value, value], 1)
             places.insert(0, jnp.full((batch, first), -1, jnp.int32))
-        out = attention(
-            query.astype(key.dtype), key, value, causal=True, query_positions=slot,
-            key_positions=jnp.concatenate(places, axis=1),
-        )  # fmt: skip
+        positions: dict[str, Any] = {"query_positions": slot, "key_positions": jnp.concatenate(places, axis=1)}
+        out = cast(jax.Array, attention(query.astype(key.dtype), key, value, causal=True, **positions))
         return self.attention.out(out.reshape(*out.shape[:2], -1).astype(query.dtype))
 
     @nn.nowrap

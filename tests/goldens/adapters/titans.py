@@ -42,9 +42,7 @@ def _core(
     inputs: Mapping[str, np.ndarray], chunk_size: int = 1, depth: int = 1, residual_norm: bool = False
 ) -> dict[str, np.ndarray]:
     arrays = {name: jnp.asarray(array) for name, array in inputs.items()}
-    weights = tuple(
-        arrays[f"w{layer}"] / np.sqrt(arrays[f"w{layer}"].shape[-1]) for layer in range(1, depth + 1)
-    )
+    weights = tuple(arrays[f"w{layer}"] / np.sqrt(arrays[f"w{layer}"].shape[-1]) for layer in range(1, depth + 1))
     norm = (1 + 0.1 * arrays["ln_weight"], 0.1 * arrays["ln_bias"]) if residual_norm else None
     out, state = jax.jit(neural_memory, static_argnames=("chunk_size",))(
         unit_length(arrays["q"]),

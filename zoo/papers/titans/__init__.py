@@ -21,13 +21,14 @@ Where the paper is silent or contradicts itself:
 """
 
 from zoo.papers.titans.community import CommunityMemoryConfig, CommunityNeuralMemory
-from zoo.papers.titans.model import PAPER, Titans, TitansConfig
+from zoo.papers.titans.model import PAPER, Kind, Titans, TitansConfig
 from zoo.papers.titans.traces import MemoryTrace, attention_mask, memory_inputs, trace_memory
 
 __all__ = [
     "PAPER",
     "CommunityMemoryConfig",
     "CommunityNeuralMemory",
+    "Kind",
     "MemoryTrace",
     "Titans",
     "TitansConfig",

@@ -10,6 +10,7 @@ transformer is another network than the paper's and is not here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -221,7 +222,7 @@ class CommunityNeuralMemory(nn.Module):
                 f"memory_weights_{index}", partitioned(xavier, "heads", None, None), (config.heads, *shape),
                 self.param_dtype,
             )
-            for index, shape in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for index, shape in enumerate(itertools.pairwise(widths))
         )  # fmt: skip
         return jax.tree.map(
             lambda array: jnp.broadcast_to(array.astype(jnp.float32), (batch, *array.shape)),

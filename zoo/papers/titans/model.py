@@ -42,8 +42,7 @@ class TitansConfig:
       num_heads: of attention.
       memory_heads: of the memory; None is num_heads.
       mlp_dim: hidden width of the MLP; None is 8 / 3 dim, rounded up to a multiple of 256.
-      memory_depth, memory_expansion: layers of the memory's network (1 is a matrix), and its hidden width in widths of a
-        head.
+      memory_depth, memory_expansion: layers of a memory (1 is a matrix), its hidden width in widths of a head.
       memory_lr_max: the largest step of the inner training.
       chunk_size: tokens whose gradients are taken at the same weights.
       window: tokens that attention sees in MAG and MAL.
@@ -163,9 +162,7 @@ def weight_rules(config: TitansConfig) -> list[Rule]:
         *under("memory", "memory", memory_rules()),
     ]  # fmt: skip
     if config.kind == "lmm":
-        mixer = [
-            dataclasses.replace(rule, published=rf"memory\.{rule.published}") for rule in memory_rules()
-        ]
+        mixer = [dataclasses.replace(rule, published=rf"memory\.{rule.published}") for rule in memory_rules()]
     return [
         Rule(r"embed\.weight", "params/decoder/embed/embedding"),
         *under(
@@ -181,7 +178,7 @@ def weight_rules(config: TitansConfig) -> list[Rule]:
     ]
 
 
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "170m": {"num_layers": 12, "dim": 768, "num_heads": 16},
     "340m": {"num_layers": 24, "dim": 1024, "num_heads": 16},
     "760m": {"num_layers": 24, "dim": 1536, "num_heads": 16},

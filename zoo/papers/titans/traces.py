@@ -83,7 +83,9 @@ def trace_memory(inputs: MemoryInputs, chunk_size: int) -> MemoryTrace:
     def loss(weights: Weights, key: jax.Array, value: jax.Array, norm: Any) -> jax.Array:
         """Of one head and token."""
         batched = tuple(weight[None, None] for weight in weights)
-        read = read_memory(key[None, None, None], batched, None if norm is None else jax.tree.map(lambda x: x[None], norm))
+        read = read_memory(
+            key[None, None, None], batched, None if norm is None else jax.tree.map(lambda x: x[None], norm)
+        )
         return jnp.sum((read[0, 0, 0] - value) ** 2)
 
     of_token = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0, None))
