@@ -1,4 +1,8 @@
-"""A neural memory: a network whose weights are the recurrent state, trained on each token that it reads (Titans)."""
+"""A neural memory: a network whose weights are the recurrent state, trained on each token that it reads.
+
+`neural_memory` is Titans' (momentum, a gate for each head and layer, any depth, all platforms); `retained_memory` has
+the losses and the retentions of Miras, and a gate for each channel, in XLA.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,23 @@ import jax.numpy as jnp
 from kernels import recurrent
 from kernels.common import Implementation, check_heads, check_implementation, round_up
 from kernels.neural_memory import reference
+from kernels.neural_memory.bias import attentional_bias, smooth_absolute, smooth_sign
 from kernels.neural_memory.chunked import Chunk
+from kernels.neural_memory.retained import RetainedState, initial_retained, retained_memory
+
+__all__ = [
+    "MemoryState",
+    "RetainedState",
+    "Weights",
+    "attentional_bias",
+    "initial_retained",
+    "initial_state",
+    "neural_memory",
+    "read_memory",
+    "retained_memory",
+    "smooth_absolute",
+    "smooth_sign",
+]
 
 Weights = tuple[jax.Array, ...]
 _LEAST_IN_KERNEL = 16

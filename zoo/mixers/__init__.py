@@ -5,6 +5,7 @@ from zoo.mixers import (  # noqa: F401  registers
     delta_rule,
     gated_linear_attention,
     linear_attention,
+    miras,
     momentum,
     pavlovian,
     retention,
