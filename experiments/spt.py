@@ -28,12 +28,12 @@ from kernels.attention import attention
 from kernels.sparse_topl.reference import select
 from zoo import probing, reports, train
 from zoo.backbones import DecoderConfig, DecoderLM, PretrainedLM, load_smollm2
+from zoo.backbones.decoder_lm import next_token_loss
 from zoo.data.text import read_text
 from zoo.layers.mlp import MLP
 from zoo.layers.routed_mlp import RoutedMLP
 from zoo.mixers.softmax import SoftmaxAttention
 from zoo.mixers.sparse_topl import SparseTopLAttention
-from zoo.papers import lm_backbone as language_models
 from zoo.papers import spt
 from zoo.timing import median_seconds
 
@@ -366,7 +366,7 @@ def tune(
     with context:
         if stage is None:
             model: DecoderLM = DecoderLM(config)
-            loss, start = language_models.loss(model), variables
+            loss, start = next_token_loss(model), variables
         else:
             upgraded, start = spt.upgrade(config, variables, stage, jax.random.key(seed), rank=tuning.rank)
             model = spt.SptLM(upgraded)
@@ -406,7 +406,7 @@ def tuning_claim(config: Config, folder: pathlib.Path) -> tuple[reports.Claim, F
         record = Training("pretrained", seed, tuning.pretraining_rate)
         run = train.open_run(folder / f"seed{seed}" / "pretrained", record, force=True)
         variables = train.fit_generated(
-            model, language_models.loss(model), partial(source.batch, seed, tuning.batch_size), run,
+            model, next_token_loss(model), partial(source.batch, seed, tuning.batch_size), run,
             steps=tuning.pretraining_steps, learning_rate=tuning.pretraining_rate, seed=seed,
         )  # fmt: skip
         untuned.append(test_loss(model, variables, target.test(tuning.test_windows)))

@@ -1,4 +1,8 @@
-"""A neural memory: a network whose weights are the recurrent state, trained on each token that it reads (Titans)."""
+"""A neural memory: a network whose weights are the recurrent state, trained on each token that it reads.
+
+`neural_memory` is Titans' (momentum, a gate for each head and layer, any depth, all platforms); `retained_memory` has
+the losses and the retentions of Miras, and a gate for each channel, in XLA.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,23 @@ import jax.numpy as jnp
 from kernels import recurrent
 from kernels.common import Implementation, check_heads, check_implementation, round_up
 from kernels.neural_memory import reference
+from kernels.neural_memory.bias import attentional_bias, smooth_absolute, smooth_sign
 from kernels.neural_memory.chunked import Chunk
+from kernels.neural_memory.retained import RetainedState, initial_retained, retained_memory
+
+__all__ = [
+    "MemoryState",
+    "RetainedState",
+    "Weights",
+    "attentional_bias",
+    "initial_retained",
+    "initial_state",
+    "neural_memory",
+    "read_memory",
+    "retained_memory",
+    "smooth_absolute",
+    "smooth_sign",
+]
 
 Weights = tuple[jax.Array, ...]
 _LEAST_IN_KERNEL = 16
@@ -96,6 +116,34 @@ def neural_memory(
             inputs |= {f"{name}_{layer}": gate[..., layer] for layer in range(gate.shape[3])}
     run = _Run(norm, query.shape[3], chunk_size, implementation)
     return run.aligned(inputs, memory) if aligned else run.anywhere(inputs, memory, lengths)
+
+
+def read_memory(query: jax.Array, weights: Weights, norm: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    """Reads a memory that does not change: M(q_t) for each query, as `neural_memory` reads after its last token.
+
+    Args:
+      query: (batch, time, heads, D).
+      weights: of each layer (batch, heads, out, in), of a `MemoryState`.
+      norm: as of `neural_memory`.
+
+    Returns:
+      (batch, time, heads, D) in the query's dtype.
+
+    Raises:
+      ValueError, TypeError: a shape or dtype is wrong.
+    """
+    if query.ndim != 4 or not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"query must be floating point (batch, time, heads, D), got {query.dtype} {query.shape}")
+    _check_weights(weights, (query.shape[0], query.shape[2]), query.shape[3])
+    x = y = query.astype(jnp.float32)
+    for layer, weight in enumerate(weights):
+        y = jax.nn.gelu(y, approximate=True) if layer else y
+        y = jnp.einsum("bthi,bhoi->btho", y, weight.astype(jnp.float32), precision="highest")
+    if norm is not None:
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + reference.NORM_EPSILON)
+        y = x + y * norm[0] + norm[1]
+    return y.astype(query.dtype)
 
 
 def _choose(chunk_size: int, implementation: Implementation | None) -> Implementation | None:
@@ -198,14 +246,7 @@ def _check(
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be an integer and at least 1, got {chunk_size!r}")
     weights = memory.weights if isinstance(memory, MemoryState) else memory
-    if not weights:
-        raise ValueError("memory must have at least one layer")
-    leading = (batch, heads) if isinstance(memory, MemoryState) else (heads,)
-    fan_in = width
-    for layer, weight in enumerate(weights):
-        fan_out = width if layer == len(weights) - 1 else weight.shape[-2]
-        recurrent.check_array(f"weights of layer {layer}", weight, (*leading, fan_out, fan_in))
-        fan_in = fan_out
+    _check_weights(weights, (batch, heads) if isinstance(memory, MemoryState) else (heads,), width)
     if isinstance(memory, MemoryState):
         if bool(memory.momentum) != (eta is not None):
             raise ValueError("a state has momentum if and only if eta is given")
@@ -221,3 +262,13 @@ def _check(
         recurrent.check_array(name, array, (heads, width))
     if lengths is not None and (lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
         raise ValueError(f"lengths must be integers ({batch},), got {lengths.dtype} {lengths.shape}")
+
+
+def _check_weights(weights: Weights, leading: tuple[int, ...], width: int) -> None:
+    if not weights:
+        raise ValueError("memory must have at least one layer")
+    fan_in = width
+    for layer, weight in enumerate(weights):
+        fan_out = width if layer == len(weights) - 1 else weight.shape[-2]
+        recurrent.check_array(f"weights of layer {layer}", weight, (*leading, fan_out, fan_in))
+        fan_in = fan_out

@@ -25,6 +25,7 @@ class Case:
     bidirectional: bool = True
     slow: bool = False
     mixes: bool = True
+    tolerance: float = 2e-5  # of what must be equal, in standard deviations
 
     def __hash__(self) -> int:
         return hash((self.mixer, self.label))
@@ -130,4 +131,36 @@ CASES = [
     Case("plain_s6", "one_rate", {"state_size": 4, "scalar": True}, bidirectional=False, slow=True),
     Case("qlstm", "reversed", {"reversed": True}, bidirectional=False),
     Case("qlstm", "plain", {}, bidirectional=False, slow=True),
-]
+    # Training inside the sequence amplifies rounding.
+    Case("titans_lmm", "chunks", {"heads": 2, "chunk_size": 4}, bidirectional=False, tolerance=3e-4),
+    Case(
+        "titans_lmm", "plain_matrix",
+        {"heads": 2, "chunk_size": 1, "memory_depth": 1, "kernel_size": 0, "momentum": False, "decay": False},
+        bidirectional=False, slow=True, tolerance=3e-4,
+    ),
+    *(
+        Case(
+            f"titans_{kind}", "matrix" if depth == 1 else "deep",
+            {
+                "heads": 2, "memory_heads": 1, "memory_depth": depth, "chunk_size": 4, "window": 3,
+                "num_persistent_tokens": 3,
+            },
+            bidirectional=False, slow=depth > 1, tolerance=3e-4,
+        )
+        for kind in ("mag", "mal")
+        for depth in (1, 2)
+    ),
+    Case(
+        "titans_mac", "matrix",
+        {
+            "heads": 2, "memory_heads": 1, "memory_depth": 1, "chunk_size": 2, "segment_len": 4,
+            "num_persistent_tokens": 3,
+        },
+        tolerance=3e-4,
+    ),
+    Case(
+        "titans_mac", "averaged",
+        {"heads": 2, "chunk_size": 2, "segment_len": 6, "num_memory_tokens": 3, "num_persistent_tokens": 0}, slow=True,
+        tolerance=3e-4,
+    ),
+]  # fmt: skip

@@ -82,19 +82,19 @@ def test_parallel_form_has_the_shape_and_dtype_of_its_input(case):
 
 @every_case
 def test_token_by_token_equals_parallel(case):
-    assert_close(in_pieces(case, tokens(), []), parallel(case, tokens()))
+    assert_close(in_pieces(case, tokens(), []), parallel(case, tokens()), case.tolerance)
 
 
 @every_case
 @few
 @given(pieces=splits)
 def test_prefill_in_any_pieces_equals_parallel(case, pieces):
-    assert_close(in_pieces(case, tokens(), pieces), parallel(case, tokens()))
+    assert_close(in_pieces(case, tokens(), pieces), parallel(case, tokens()), case.tolerance)
 
 
 @every_case
 def test_prefill_at_once_equals_parallel(case):
-    assert_close(in_pieces(case, tokens(), [LENGTH]), parallel(case, tokens()))
+    assert_close(in_pieces(case, tokens(), [LENGTH]), parallel(case, tokens()), case.tolerance)
 
 
 @every_case
@@ -106,7 +106,7 @@ def test_state_keeps_its_shape_so_that_a_scan_decodes(case):
         return state, y[:, 0]
 
     _, y = jax.jit(lambda x: jax.lax.scan(step, model.init_state(2, LENGTH), x.swapaxes(0, 1)))(x)
-    assert_close(y.swapaxes(0, 1), parallel(case, x))
+    assert_close(y.swapaxes(0, 1), parallel(case, x), case.tolerance)
 
 
 @every_case
@@ -128,7 +128,7 @@ def test_one_compilation_serves_all_positions(case):
 def test_sequences_of_a_batch_do_not_meet(case):
     both = parallel(case, tokens())
     for row in range(2):
-        assert_close(parallel(case, tokens()[row : row + 1])[0], both[row])
+        assert_close(parallel(case, tokens()[row : row + 1])[0], both[row], case.tolerance)
 
 
 @every_case
@@ -177,8 +177,8 @@ subsets = st.sets(st.integers(0, LENGTH - 1), min_size=VALID, max_size=VALID).ma
 left_and_right = [list(range(LENGTH - VALID, LENGTH)), list(range(VALID))]
 
 
-def assert_padding_changes_nothing(y, valid, expected):
-    assert_close(y[valid].reshape(expected.shape), expected)
+def assert_padding_changes_nothing(case, y, valid, expected):
+    assert_close(y[valid].reshape(expected.shape), expected, case.tolerance)
     np.testing.assert_array_equal(y[~valid], 0)
 
 
@@ -188,7 +188,7 @@ def assert_padding_changes_nothing(y, valid, expected):
 def test_padding_anywhere_changes_nothing(case, places):
     x, spread, valid = padded(places)
     y, _ = compiled(case)(parameters(case), spread, valid=valid)
-    assert_padding_changes_nothing(y, valid, parallel(case, x))
+    assert_padding_changes_nothing(case, y, valid, parallel(case, x))
 
 
 @every_bidirectional_case
@@ -197,7 +197,7 @@ def test_padding_anywhere_changes_nothing(case, places):
 def test_padding_anywhere_changes_nothing_without_causality(case, places):
     x, spread, valid = padded(places)
     y, _ = compiled(case, causal=False)(parameters(case), spread, valid=valid)
-    assert_padding_changes_nothing(y, valid, parallel(case, x, causal=False))
+    assert_padding_changes_nothing(case, y, valid, parallel(case, x, causal=False))
 
 
 @every_case
@@ -205,7 +205,7 @@ def test_padding_anywhere_changes_nothing_without_causality(case, places):
 @given(places=st.lists(subsets, min_size=2, max_size=2), pieces=splits)
 def test_padding_anywhere_changes_nothing_with_a_state(case, places, pieces):
     x, spread, valid = padded(places)
-    assert_padding_changes_nothing(in_pieces(case, spread, pieces, valid), valid, parallel(case, x))
+    assert_padding_changes_nothing(case, in_pieces(case, spread, pieces, valid), valid, parallel(case, x))
 
 
 @every_case
@@ -220,7 +220,7 @@ def test_a_ragged_batch_goes_on_token_by_token(case):
         y, state = compiled(case)(parameters(case), new[:, t : t + 1], state)
         outputs.append(y)
     expected = parallel(case, jnp.concatenate([x, new], axis=1))[:, VALID:]
-    assert_close(jnp.concatenate(outputs, axis=1), expected)
+    assert_close(jnp.concatenate(outputs, axis=1), expected, case.tolerance)
 
 
 @every_case
@@ -230,7 +230,7 @@ def test_all_padding_gives_zeros_and_leaves_the_past_alone(case):
     y, state = compiled(case)(parameters(case), x, model.init_state(2, LENGTH), valid=nothing)
     np.testing.assert_array_equal(y, 0)
     y, _ = compiled(case)(parameters(case), x, state)
-    assert_close(y, parallel(case, x))
+    assert_close(y, parallel(case, x), case.tolerance)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from zoo import mixers
 from zoo.backbones.transformer import TransformerConfig, check_positive, make_blocks
@@ -253,6 +254,59 @@ class DecoderLM(nn.Module):
         return DecoderState(
             jnp.zeros(batch_size, jnp.int32), tuple(mixer.init_state(batch_size, length) for mixer in stack)
         )
+
+
+class PaperDecoder(nn.Module):
+    """A paper's language model: the `DecoderLM` that its config's property `decoder` describes, under `decoder`.
+
+    Fields: those of `DecoderLM`; a subclass annotates `config` with its own type.
+    """
+
+    config: Any
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        """The backbone."""
+        self.decoder = DecoderLM(self.config.decoder, self.dtype, self.param_dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        state: DecoderState | None = None,
+        *,
+        valid: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, DecoderState | None]:
+        """Logits (batch, time, vocabulary) of the token after each, and the next state; see `DecoderLM`."""
+        return self.decoder(tokens, state, valid=valid, deterministic=deterministic)
+
+    def hidden(
+        self, tokens: jax.Array, state: DecoderState | None = None, *, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, DecoderState | None]:
+        """What the head sees, (batch, time, features), and the next state; see `DecoderLM`."""
+        return self.decoder.hidden(tokens, state, valid=valid)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The head: (..., features) from `hidden` to float32 (..., vocabulary)."""
+        return self.decoder.logits(x)
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, length: int) -> DecoderState:
+        """The empty past of `batch_size` sequences of up to `length` tokens; see `DecoderLM`."""
+        return DecoderLM(self.config.decoder, self.dtype, self.param_dtype, parent=None).init_state(batch_size, length)
+
+
+def next_token_loss(model: nn.Module) -> Callable:
+    """The training loss: mean cross entropy of batch["tokens"] (batch, time) but the first, for `zoo.train`."""
+
+    def loss(params, model_state, batch, rngs, train):
+        tokens = batch["tokens"]
+        logits, _ = model.apply({"params": params, **model_state}, tokens, deterministic=not train, rngs=rngs)
+        value = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+        return value, (model_state, {"perplexity": jnp.exp(value)})
+
+    return loss
 
 
 def _check(config: DecoderConfig, tokens: jax.Array, state: DecoderState | None, valid: jax.Array | None) -> None:

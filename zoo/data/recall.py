@@ -154,3 +154,46 @@ def copying(seed: int, examples: int, length: int, vocab_size: int = 16) -> Reca
     tokens = np.concatenate([text, np.zeros((examples, 1), int), text[:, :-1]], axis=1)
     labels = np.concatenate([np.full((examples, half), IGNORED), text], axis=1)
     return Recall(tokens.astype(np.int32), labels.astype(np.int32))
+
+
+def text_needles(seed: int, examples: int, length: int, text: np.ndarray, facts: int = 4, gap: int = 0) -> Recall:
+    """Facts "key=dddd" planted in real text, of which one is asked for at the end: ... "? key=" -> dddd (S-NIAH).
+
+    The digits of the answer stand in the row, each is asked for at the byte before it.
+
+    Args:
+      seed: of all draws.
+      examples: rows.
+      length: bytes of a row.
+      text: uint8 (bytes,), longer than a row, what the facts are hidden in.
+      facts: their number; keys are three letters, none twice in a row.
+      gap: the asked fact ends at least this many bytes before the question.
+
+    Raises:
+      ValueError: the row or the text is too short, or a number out of range.
+    """
+    size, question = 11, 10  # " key=dddd. " and "? key=" with the digits
+    room = length - question - gap
+    if examples < 1 or facts < 1 or gap < 0 or room < 2 * size * facts:
+        raise ValueError(
+            f"length must be at least {question} + gap + {2 * size} facts = {question + gap + 2 * size * facts}, got "
+            f"{length} ({examples} examples, {facts} facts, gap {gap})"
+        )
+    if len(text) <= length:
+        raise ValueError(f"the text must be longer than a row of {length} bytes, got {len(text)}")
+    random = np.random.default_rng(seed)
+    starts = random.integers(0, len(text) - length, examples)
+    tokens = text[starts[:, None] + np.arange(length)].astype(np.int32)
+    labels = np.full((examples, length), IGNORED, np.int32)
+    for row in range(examples):
+        # Distinct numbers in base 26 are distinct keys.
+        codes = random.choice(26**3, size=facts, replace=False)
+        keys = [bytes(97 + code // 26**power % 26 for power in range(3)) for code in codes]
+        values = [f"{number:04d}".encode() for number in random.integers(0, 10_000, facts)]
+        places = np.sort(random.choice(room - size * facts, size=facts, replace=False)) + size * np.arange(facts)
+        for place, key, value in zip(places, keys, values, strict=True):
+            tokens[row, place : place + size] = np.frombuffer(b" " + key + b"=" + value + b". ", np.uint8)
+        asked = random.integers(facts)
+        tokens[row, -question:] = np.frombuffer(b"? " + keys[asked] + b"=" + values[asked], np.uint8)
+        labels[row, -5:-1] = tokens[row, -4:]
+    return Recall(tokens, labels)

@@ -7,6 +7,7 @@ from zoo.mixers import (  # noqa: F401  registers
     dynamical,
     gated_linear_attention,
     linear_attention,
+    miras,
     momentum,
     pavlovian,
     retention,
@@ -14,6 +15,7 @@ from zoo.mixers import (  # noqa: F401  registers
     softmax,
     sparse_topl,
     state_space,
+    titans,
 )
 from zoo.mixers.base import Mixer, State, create, names, options, register, state_bytes, token_positions
 

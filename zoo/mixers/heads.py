@@ -98,3 +98,7 @@ class ProjectedHeads(Mixer):
     def split_values(self, x: jax.Array) -> jax.Array:
         """Values of x (batch, time, features): (batch, time, key heads, width)."""
         return self.value(x).reshape(*x.shape[:2], self.key_head_count, -1)
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of x; see `query_key`."""
+        return *self.query_key(x, positions), self.split_values(x)

@@ -65,23 +65,34 @@ class SoftmaxAttention(ProjectedHeads):
         query, key = self.query_key(x, positions) if query_key is None else query_key
         dtype = query.dtype
         value = self.split_values(x)
-
-        if state is not None:
-            state, key, value, mask = cache.append(state, key, value, positions, self.window)
-            query = query.astype(key.dtype)
-        elif valid is not None:
-            segments = valid.astype(jnp.int32)
-            mask = {
-                "query_positions": positions,
-                "key_positions": positions,
-                "query_segment_ids": segments,
-                "key_segment_ids": segments,
-            }
-        else:
-            mask = {}
+        state, key, value, mask = self.remember(state, key, value, positions, valid)
+        query = query.astype(key.dtype)
         heads = self.attend(query, key, value, mask, deterministic=deterministic)
         y = self.out(heads.reshape(*shape, -1).astype(dtype))
         return (y if valid is None else jnp.where(valid[..., None], y, 0)), state
+
+    @nn.nowrap
+    def remember(
+        self,
+        state: cache.KeyValueCache | None,
+        key: jax.Array,
+        value: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array | None,
+    ) -> tuple[cache.KeyValueCache | None, jax.Array, jax.Array, dict[str, Any]]:
+        """The next state, and keys and values of past and new tokens with the mask of `attend`."""
+        if state is not None:
+            return cache.append(state, key, value, positions, self.window)
+        if valid is None:
+            return None, key, value, {}
+        segments = valid.astype(jnp.int32)
+        mask = {
+            "query_positions": positions,
+            "key_positions": positions,
+            "query_segment_ids": segments,
+            "key_segment_ids": segments,
+        }
+        return None, key, value, mask
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: dict[str, Any], *, deterministic: bool

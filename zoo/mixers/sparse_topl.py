@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, cast
 
 import flax.linen as nn
@@ -11,16 +10,16 @@ import jax.numpy as jnp
 
 from kernels import sparse_topl
 from kernels.attention import attention
-from zoo.layers.partitioning import dense, partitioned
-from zoo.layers.rotary import Rotary, rotate
+from zoo.layers.partitioning import partitioned
 from zoo.mixers import cache
-from zoo.mixers.base import Mixer, register, token_positions
+from zoo.mixers.base import register, token_positions
+from zoo.mixers.heads import ProjectedHeads
 
 _NEVER = 2**30  # the position of a key that no query sees
 
 
 @register("sparse_topl")
-class SparseTopLAttention(Mixer):
+class SparseTopLAttention(ProjectedHeads):
     """Each query attends to the L earlier keys whose codes agree most with its own, by logits cut to +-`clamp`.
 
     Queries and keys, rotated, are cut into parts of `codeword_dim` features, and each part is replaced by the number
@@ -30,8 +29,7 @@ class SparseTopLAttention(Mixer):
 
     Its state is a `zoo.mixers.cache.KeyValueCache` in which codes lie beside the values.
 
-    Fields beside those of `Mixer`:
-      heads, key_heads, head_dim, rotary, qkv_bias, out_bias: see `zoo.mixers.softmax.SoftmaxAttention`.
+    Fields beside those of `ProjectedHeads` (queries are as wide as values here):
       keep: L, the keys of a query. None is an eighth (`coefficient`) of the keys there are: of the sequence in parallel
         form, of the slots with a state, which therefore give the same only where they are as many.
       coefficient: of `keep` = None.
@@ -43,12 +41,6 @@ class SparseTopLAttention(Mixer):
       clamp: bound of the logits.
     """
 
-    heads: int = 8
-    key_heads: int | None = None
-    head_dim: int | None = None
-    rotary: Rotary | None = None
-    qkv_bias: bool = False
-    out_bias: bool = False
     keep: int | None = None
     coefficient: int = 8
     sparse: bool = True
@@ -62,43 +54,24 @@ class SparseTopLAttention(Mixer):
         super().__post_init__()
         if not self.causal:
             raise ValueError("sparse_topl looks up earlier keys only: it has no form with causal=False")
-        if self.heads < 1 or (self.head_dim is None and self.features % self.heads):
-            raise ValueError(f"features ({self.features}) must be a multiple of heads ({self.heads}), or give head_dim")
-        if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
-            raise ValueError(f"heads ({self.heads}) must be a multiple of key_heads ({self.key_heads})")
-        if self.codeword_dim < 1 or self._head_dim % self.codeword_dim:
-            raise ValueError(f"a head's {self._head_dim} features must be a multiple of codeword_dim "
+        if self.query_dim not in (None, self.width_of_head):
+            raise ValueError(f"query_dim must be head_dim ({self.width_of_head}), got {self.query_dim}")
+        if self.codeword_dim < 1 or self.width_of_head % self.codeword_dim:
+            raise ValueError(f"a head's {self.width_of_head} features must be a multiple of codeword_dim "
                              f"({self.codeword_dim})")  # fmt: skip
         if self.coefficient < 1 or (self.keep is not None and self.keep < 1):
             raise ValueError(f"keep and coefficient must be positive, got {self.keep} and {self.coefficient}")
         if self.mode not in ("exact", "prototype") or self.score not in ("match", "inner_product"):
             raise ValueError(f"mode must be 'exact' or 'prototype' and score 'match' or 'inner_product', got "
                              f"{self.mode!r} and {self.score!r}")  # fmt: skip
-        if self.rotary is not None:
-            self.rotary.frequencies(self._head_dim)
-
-    @property
-    def _head_dim(self) -> int:
-        return self.features // self.heads if self.head_dim is None else self.head_dim
-
-    @property
-    def _key_heads(self) -> int:
-        return self.heads if self.key_heads is None else self.key_heads
 
     @property
     def _subspaces(self) -> int:
-        return self._head_dim // self.codeword_dim
+        return self.width_of_head // self.codeword_dim
 
     def setup(self):
         """The projections and the codebook."""
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        project = partial(dense, use_bias=self.qkv_bias, kernel_init=self.kernel_init, **options)
-        self.query = project(self.heads * self._head_dim, ("embed", "heads"))
-        self.key = project(self._key_heads * self._head_dim, ("embed", "kv_heads"))
-        self.value = project(self._key_heads * self._head_dim, ("embed", "kv_heads"))
-        self.out = dense(
-            self.features, ("heads", "embed"), use_bias=self.out_bias, kernel_init=self.out_init, **options
-        )
+        super().setup()
         self.codebook = self.param(
             "codebook", partitioned(nn.initializers.normal(1.0), None, None, None),
             (self._subspaces, self.codewords, self.codeword_dim), jnp.float32,
@@ -108,13 +81,9 @@ class SparseTopLAttention(Mixer):
         """See `Mixer`."""
         self.check(x, state, valid)
         shape = x.shape[:2]
-        query = self.query(x).reshape(*shape, self.heads, -1)
-        dtype = query.dtype
-        key = self.key(x).reshape(*shape, self._key_heads, -1)
-        value = self.value(x).reshape(*shape, self._key_heads, -1)
         positions = token_positions(shape, valid, None if state is None else state.length)
-        if self.rotary is not None:
-            query, key = rotate(query, positions, self.rotary), rotate(key, positions, self.rotary)
+        query, key, value = self.project(x, positions)
+        dtype = query.dtype
         if self.is_mutable_collection("losses") and not self.is_initializing():
             losses = [sparse_topl.quantisation_loss(z, self.codebook)[1] for z in (query, key)]
             self.sow("losses", "quantisation", losses[0] + losses[1])
@@ -125,7 +94,7 @@ class SparseTopLAttention(Mixer):
         if state is not None:
             beside = jnp.concatenate([value, key_codes.astype(value.dtype)], axis=-1)
             state, key, beside, mask = cache.append(state, key, beside, positions, None)
-            value, key_codes = jnp.split(beside, [self._head_dim], axis=-1)
+            value, key_codes = jnp.split(beside, [self.width_of_head], axis=-1)
             key_codes = key_codes.astype(jnp.int32)
             # A slot's number is its token's position, and what is free lies beyond every query.
             key_positions = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape[:2])
@@ -182,6 +151,6 @@ class SparseTopLAttention(Mixer):
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> cache.KeyValueCache:
         """See `Mixer`."""
-        made = cache.empty(batch_size, length, None, self._key_heads, self._head_dim, self.state_dtype)
+        made = cache.empty(batch_size, length, None, self.key_head_count, self.width_of_head, self.state_dtype)
         codes: Any = jnp.zeros((*made.value.shape[:3], self._subspaces), made.value.dtype)
         return made._replace(value=jnp.concatenate([made.value, codes], axis=-1))

@@ -26,7 +26,7 @@ What the published code does and the paper does not say, and what is therefore d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,13 +34,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.core import FrozenDict
 
 from kernels.linear_attention import LinearAttentionState
 from zoo import mixers
-from zoo.backbones import DecoderConfig, DecoderLM
-from zoo.backbones.decoder_lm import DecoderState
+from zoo.backbones import DecoderConfig
+from zoo.backbones.decoder_lm import PaperDecoder, next_token_loss
 from zoo.errors import unknown
 from zoo.layers.norms import norm
 from zoo.layers.partitioning import partitioned
@@ -144,7 +143,7 @@ class BasedConfig:
         )  # fmt: skip
 
 
-class Based(nn.Module):
+class Based(PaperDecoder):
     """A language model: `DecoderLM` with Based's layers. All its parameters are under `decoder`.
 
     Fields:
@@ -154,55 +153,11 @@ class Based(nn.Module):
     """
 
     config: BasedConfig
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    def setup(self):
-        """The backbone."""
-        self.decoder = DecoderLM(self.config.decoder, self.dtype, self.param_dtype)
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        state: DecoderState | None = None,
-        *,
-        valid: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, DecoderState | None]:
-        """Logits (batch, time, padded_vocab_size) of the token after each, and the next state; see `DecoderLM`."""
-        return self.decoder(tokens, state, valid=valid, deterministic=deterministic)
-
-    def hidden(
-        self, tokens: jax.Array, state: DecoderState | None = None, *, valid: jax.Array | None = None
-    ) -> tuple[jax.Array, DecoderState | None]:
-        """What the head sees, (batch, time, features), and the next state; see `DecoderLM`."""
-        return self.decoder.hidden(tokens, state, valid=valid)
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        """The head: (..., features) from `hidden` to float32 (..., padded_vocab_size)."""
-        return self.decoder.logits(x)
-
-    @nn.nowrap
-    def init_state(self, batch_size: int, length: int) -> DecoderState:
-        """The empty past of `batch_size` sequences of up to `length` tokens: constant in length, but for attention."""
-        return DecoderLM(self.config.decoder, self.dtype, self.param_dtype, parent=None).init_state(batch_size, length)
 
 
 def example_inputs(config: BasedConfig, batch_size: int) -> dict[str, Any]:
     """Sequences of the published training length."""
     return {"tokens": np.zeros((batch_size, 2048), np.int32)}
-
-
-def next_token_loss(model: Based) -> Callable:
-    """The training loss: mean cross entropy of batch["tokens"] (batch, time) but the first, for `zoo.train`."""
-
-    def loss(params, model_state, batch, rngs, train):
-        tokens = batch["tokens"]
-        logits, _ = model.apply({"params": params, **model_state}, tokens, deterministic=not train, rngs=rngs)
-        value = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
-        return value, (model_state, {"perplexity": jnp.exp(value)})
-
-    return loss
 
 
 class PublishedState(NamedTuple):

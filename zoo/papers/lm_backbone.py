@@ -14,14 +14,10 @@ Numbers are checked against the transformers library (dequantised weights bit fo
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from zoo.backbones.checkpoints import MINILM_L6_V2, SMOLLM2_135M, decoder_rules
-from zoo.backbones.decoder_lm import DecoderConfig, DecoderLM
+from zoo.backbones.decoder_lm import DecoderConfig, DecoderLM, next_token_loss
 from zoo.backbones.sentence_encoder import SentenceEncoder, SentenceEncoderConfig, sentence_encoder_rules
 from zoo.registry import Paper, Variant, register
 from zoo.weights import PackagedFile
@@ -69,18 +65,6 @@ def example_inputs(config: DecoderConfig, batch_size: int) -> dict[str, np.ndarr
     return {"tokens": rng.integers(0, config.vocab_size, (batch_size, length), dtype=np.int32)}
 
 
-def loss(model: DecoderLM) -> Any:
-    """Mean cross entropy of each next token, for `zoo.train`."""
-
-    def loss_fn(params, model_state, batch, rngs, train):
-        tokens = batch["tokens"]
-        logits, _ = model.apply({"params": params}, tokens, deterministic=not train, rngs=rngs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-        return jnp.mean(losses), (model_state, {})
-
-    return loss_fn
-
-
 register(
     PAPER,
     *(
@@ -89,7 +73,7 @@ register(
     ),
     example_inputs=example_inputs,
     weight_rules=decoder_rules,
-    loss=loss,
+    loss=next_token_loss,
 )(DecoderLM)
 
 
