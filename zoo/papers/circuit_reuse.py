@@ -71,7 +71,8 @@ class Pairs(NamedTuple):
     clean: jax.Array  # int32 (batch, time)
     corrupted: jax.Array  # int32 (batch, time)
     answers: jax.Array  # int32 (batch, 2), the right token and the wrong one
-    lengths: jax.Array  # int32 (batch,)
+    lengths: jax.Array  # int32 (batch,), of clean prompts
+    corrupted_lengths: jax.Array  # int32 (batch,)
 
 
 def make_pairs(
@@ -80,24 +81,27 @@ def make_pairs(
     """A batch of prompts.
 
     Args:
-      clean, corrupted: tokens of each prompt; two of a pair have the same number.
+      clean, corrupted: tokens of each prompt.
       answers: right and wrong token of each.
 
     Raises:
-      ValueError: the numbers differ, or a prompt is empty.
+      ValueError: there is not one corrupted prompt and one pair of answers for each clean one, or a prompt is empty.
     """
-    lengths = [len(row) for row in clean]
-    if lengths != [len(row) for row in corrupted]:
-        raise ValueError("a clean and a corrupted prompt must have the same number of tokens")
-    if not lengths or min(lengths) < 1 or len(answers) != len(lengths):
-        raise ValueError(f"{len(lengths)} prompts, of at least one token each, need as many answers: {len(answers)}")
+    if not len(clean) == len(corrupted) == len(answers) > 0:
+        raise ValueError(
+            f"every clean prompt has one corrupted and one pair of answers, got {len(clean)}, {len(corrupted)} and "
+            f"{len(answers)}"
+        )
+    lengths = [[len(row) for row in rows] for rows in (clean, corrupted)]
+    if min(map(min, lengths)) < 1:
+        raise ValueError("a prompt has at least one token")
+    longest = max(map(max, lengths))
 
     def padded(rows: Sequence[Sequence[int]]) -> jax.Array:
-        return jnp.asarray([[*row, *[0] * (max(lengths) - len(row))] for row in rows], jnp.int32)
+        return jnp.asarray([[*row, *[0] * (longest - len(row))] for row in rows], jnp.int32)
 
-    return Pairs(
-        padded(clean), padded(corrupted), jnp.asarray(answers, jnp.int32).reshape(-1, 2), jnp.asarray(lengths)
-    )
+    tokens = padded(clean), padded(corrupted), jnp.asarray(answers, jnp.int32).reshape(-1, 2)
+    return Pairs(*tokens, *(jnp.asarray(row, jnp.int32) for row in lengths))
 
 
 class Reading(NamedTuple):
@@ -137,7 +141,7 @@ def read(
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be (batch, time), got shape {tokens.shape}")
     batch, time = tokens.shape
-    lengths = jnp.full(batch, time) if lengths is None else jnp.asarray(lengths)
+    lengths = np.full(batch, time) if lengths is None else np.asarray(lengths)
     places = _places(lengths, time, position)
     for layer in range(model.config.layers):
         window = getattr(model.config.make_mixer(layer, parent=None), "window", None)
@@ -146,23 +150,27 @@ def read(
     before, rest = int(places.max()), int((lengths - places).max())
     state = model.init_state(batch, time)
     if before:
-        state = _prefill(model, variables, tokens[:, :before], jnp.arange(before) < places[:, None], state)
-    column = jnp.minimum(places[:, None] + jnp.arange(rest), time - 1)
+        state = _prefill(model, variables, tokens[:, :before], np.arange(before) < places[:, None], state)
+    offset = np.arange(rest)
+    column = np.minimum(places[:, None] + offset, time - 1)
     return Reading(
-        state, jnp.take_along_axis(tokens, column, axis=1), jnp.arange(rest) < (lengths - places)[:, None], places,
-        lengths - places - 1,
-    )  # fmt: skip
+        state,
+        jnp.take_along_axis(tokens, jnp.asarray(column), axis=1),
+        jnp.asarray(offset < (lengths - places)[:, None]),
+        jnp.asarray(places),
+        jnp.asarray(lengths - places - 1),
+    )
 
 
-def _places(lengths: jax.Array, time: int, position: int | Sequence[int] | jax.Array) -> jax.Array:
+def _places(lengths: np.ndarray, time: int, position: int | Sequence[int] | jax.Array) -> np.ndarray:
     """(batch,) positions from 0."""
     if lengths.ndim != 1 or not ((lengths >= 1) & (lengths <= time)).all():
         raise ValueError(f"lengths must be (batch,) in 1 .. {time}, got {lengths}")
-    places = jnp.broadcast_to(jnp.asarray(position), lengths.shape)
-    places = jnp.where(places == -1, lengths - 1, places)
+    places = np.broadcast_to(np.asarray(position), lengths.shape)
+    places = np.where(places == -1, lengths - 1, places)
     if not ((places >= 0) & (places < lengths)).all():
         raise ValueError(f"positions must be -1 or within their prompts of {lengths} tokens, got {position}")
-    return places
+    return places.astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -198,7 +206,8 @@ def path_patch(
       receivers: (layer, head) each, or sites of the residual stream such as "resid_post.11"; `FINAL(model)` is the
         last one, for what reaches the logits directly and through MLPs.
       component: what of receiving heads, "q", "k", "v" or "z".
-      position: where, for senders and receivers: of each prompt, or one for all; -1 is the last.
+      position: where, for senders and receivers: of each prompt, or one for all; -1 is the last. Any other asks for
+        corrupted prompts of the clean ones' lengths.
       freeze_mlps: MLPs at the position keep their clean outputs in the first run.
       method: "fast" or "brute".
 
@@ -209,7 +218,7 @@ def path_patch(
     sites = _receivers(model, receivers, component)
     if method not in ("fast", "brute"):
         raise unknown("method", method, ("fast", "brute"))
-    _check_pairs(pairs)
+    _check_pairs(pairs, position)
     layers, heads = model.config.layers, model.config.heads
     run = _prepare(model, variables, pairs, position, brute=method == "brute")
     lowest = min(layer for _, layer, _ in sites)
@@ -238,19 +247,21 @@ def activation_patch(
 
     Arguments and errors as of `path_patch`.
     """
-    _check_pairs(pairs)
+    _check_pairs(pairs, position)
     run = _prepare(model, variables, pairs, position, brute=False)
     measured = np.asarray(_activation(model, variables, run, pairs.answers))
     return Patching(_normalized(measured, run), np.asarray(run.clean), np.asarray(run.corrupted))
 
 
-def _check_pairs(pairs: Pairs) -> None:
+def _check_pairs(pairs: Pairs, position: int | Sequence[int] | jax.Array) -> None:
     batch = pairs.clean.shape[0]
     if pairs.clean.ndim != 2 or pairs.corrupted.shape != pairs.clean.shape or pairs.answers.shape != (batch, 2):
         raise ValueError(
             f"pairs need clean and corrupted (batch, time) and answers (batch, 2), got {pairs.clean.shape}, "
             f"{pairs.corrupted.shape} and {pairs.answers.shape}"
         )
+    if (np.asarray(position) != -1).any() and (np.asarray(pairs.lengths) != np.asarray(pairs.corrupted_lengths)).any():
+        raise ValueError("a position other than -1 needs corrupted prompts as long as the clean ones")
 
 
 def _receivers(
@@ -299,32 +310,33 @@ class _Run(NamedTuple):
 
 
 def _prepare(model, variables, pairs, position, *, brute: bool) -> _Run:
-    layers = range(model.config.layers)
-    corrupted = None
-    for tokens in (pairs.corrupted, pairs.clean):
+    found = []
+    for tokens, lengths in ((pairs.corrupted, pairs.corrupted_lengths), (pairs.clean, pairs.lengths)):
         if brute:
-            place = slot = _places(pairs.lengths, tokens.shape[1], position)
+            lengths = np.asarray(lengths)
+            place = slot = jnp.asarray(_places(lengths, tokens.shape[1], position))
             first = whole = {"tokens": tokens}
-            last = pairs.lengths - 1
+            last = jnp.asarray(lengths - 1)
         else:
-            reading = read(model, variables, tokens, pairs.lengths, position)
+            reading = read(model, variables, tokens, lengths, position)
             place, slot, last = jnp.zeros_like(reading.position), reading.position, reading.last
             whole = reading.inputs
             first = whole | {"tokens": reading.tokens[:, :1], "valid": reading.valid[:, :1]}
-        difference, sites = _read_sites(model, variables, whole, pairs.answers, last)
-        at = {name: value[jnp.arange(len(place)), place] for name, value in sites.items()}
-        if corrupted is None:
-            corrupted, sender = difference, jnp.stack([at[f"z.{layer}"] for layer in layers])
-    frozen = {name: value for name, value in at.items() if not name.startswith("resid")}
-    stream = {name: value for name, value in sites.items() if name.startswith("resid")}
-    return _Run(first, whole, place, slot, last, difference, corrupted, frozen, stream, sender)
+        found.append(_read_sites(model, variables, whole, pairs.answers, place, last))
+    (corrupted, other, _), (clean, frozen, stream) = found
+    sender = jnp.stack([other[f"z.{layer}"] for layer in range(model.config.layers)])
+    return _Run(first, whole, place, slot, last, clean, corrupted, frozen, stream, sender)
 
 
 @partial(jax.jit, static_argnums=0)
-def _read_sites(model, variables, inputs, answers, last):
+def _read_sites(model, variables, inputs, answers, place, last):
+    """Logit differences, heads' and MLPs' outputs at the position, and the residual streams before blocks."""
     names = [f"{name}.{layer}" for name in ("z", "mlp_out", "resid_pre") for layer in range(model.config.layers)]
     found = probe(model, variables, inputs, [*names, "norm_final"]).sites
-    return _difference(model, variables, found.pop("norm_final"), answers, last), found
+    difference = _difference(model, variables, found.pop("norm_final"), answers, last)
+    stream = {name: value for name, value in found.items() if name.startswith("resid")}
+    at = {name: value[jnp.arange(len(place)), place] for name, value in found.items() if name not in stream}
+    return difference, at, stream
 
 
 def _difference(model, variables, x, answers, last) -> jax.Array:
@@ -491,7 +503,9 @@ def last_attention(model: DecoderLM, variables: Mapping[str, Any], reading: Read
 
 
 def attention_to(attention: jax.Array, positions: jax.Array) -> jax.Array:
-    """Attention (batch, layers, heads, keys) to positions (batch,) or the sum over (batch, any): (batch, layers, heads).
+    """Attention (batch, layers, heads, keys) to positions (batch,), or to several (batch, any) together.
+
+    Returns (batch, layers, heads).
 
     Raises ValueError where the batches differ.
     """

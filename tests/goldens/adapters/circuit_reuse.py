@@ -48,7 +48,8 @@ def adapter(
 def _pairs(inputs, clean: str) -> Pairs:
     tokens = jnp.asarray(inputs[clean], jnp.int32)
     lengths = jnp.asarray(inputs.get("lengths", np.full(len(tokens), tokens.shape[1])))
-    return Pairs(tokens, jnp.asarray(inputs["corrupted_ids"], jnp.int32), jnp.asarray(inputs["answer_ids"]), lengths)
+    corrupted, answers = jnp.asarray(inputs["corrupted_ids"], jnp.int32), jnp.asarray(inputs["answer_ids"], jnp.int32)
+    return Pairs(tokens, corrupted, answers, lengths, lengths)
 
 
 def _patched(model, variables, inputs) -> dict[str, np.ndarray]:
