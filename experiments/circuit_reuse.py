@@ -89,22 +89,24 @@ PRESETS = {
 }  # fmt: skip
 
 
+def tiny_tokenizer() -> ByteLevelTokenizer:
+    """Bytes, and the words that answers are made of."""
+    words = [f"\u0120{word}" for word in (*ioi.NAMES, *map(str.capitalize, colored_objects.COLORS))]
+    # A word grows letter by letter from its space, so that nothing but these words is merged.
+    beginnings = dict.fromkeys(word[:end] for word in words for end in range(2, len(word) + 1))
+    tokens = [*ByteLevelTokenizer.byte_alphabet(), *beginnings]
+    return ByteLevelTokenizer(tokens, [f"{word[:-1]} {word[-1]}" for word in beginnings])
+
+
 def tiny() -> PretrainedLM:
-    """A random network whose tokens are bytes and the words that answers are made of."""
-    words = [f" {word}" for word in (*ioi.NAMES, *map(str.capitalize, colored_objects.COLORS))]
-    tokens, merges = ByteLevelTokenizer.byte_alphabet(), []
-    for word in words:
-        for end in range(2, len(word) + 1):
-            left, right = word[: end - 1].replace(" ", "\u0120"), word[end - 1]
-            if left + right not in tokens:
-                tokens.append(left + right)
-                merges.append(f"{left} {right}")
+    """A random network on the tokens of `tiny_tokenizer`."""
+    tokenizer = tiny_tokenizer()
     config = DecoderConfig.preset(
-        "smollm2_135m", vocab_size=len(tokens), features=16, layers=3, heads=4, key_heads=2, mlp_features=24
+        "smollm2_135m", vocab_size=len(tokenizer.tokens), features=16, layers=2, heads=4, key_heads=2, mlp_features=24
     )
     model = DecoderLM(config)
-    variables: Any = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    return PretrainedLM(model, variables, ByteLevelTokenizer(tokens, merges))
+    variables: Any = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return PretrainedLM(model, variables, tokenizer)
 
 
 class Task(NamedTuple):
@@ -222,7 +224,8 @@ class Maps(NamedTuple):
 
 
 def _listed(effects: np.ndarray, count: int) -> str:
-    return " ".join(f"({layer},{head}) {effects[layer, head]:+.1f}" for layer, head in strongest(effects, count))
+    chosen = strongest(effects, min(count, effects.size))
+    return " ".join(f"({layer},{head}) {effects[layer, head]:+.1f}" for layer, head in chosen)
 
 
 def movers(laboratory: Laboratory) -> tuple[Maps, list[reports.Claim]]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.circuit_reuse import tiny
+from experiments.circuit_reuse import tiny_tokenizer
 from zoo.data import colored_objects, ioi
 
 
@@ -16,7 +16,7 @@ def test_sentences_are_read_back():
 
 
 def test_positions_are_those_of_the_names():
-    tokenizer = tiny().tokenizer
+    tokenizer = tiny_tokenizer()
     for prompt in ioi.generate(20, tokenizer):
         ids, places = tokenizer.encode(prompt.text), prompt.token_positions(tokenizer)
         assert [tokenizer.decode([ids[places[role]]]) for role in ("IO", "S1", "S2")] == [
@@ -58,7 +58,7 @@ def test_pairs_differ_in_one_thing():
 
 
 def test_colours_are_found_among_the_tokens():
-    tokenizer = tiny().tokenizer
+    tokenizer = tiny_tokenizer()
     prompt = colored_objects.generate(1)[0]
     ids, marks = tokenizer.encode(prompt.text), prompt.color_positions(tokenizer)
     assert len(marks) == 7 and marks[3] == (prompt.shots[0].label, marks[3][1])
@@ -79,7 +79,7 @@ def test_colours_are_found_among_the_tokens():
             lambda: ioi.parse("After the lunch, Amy and Bob went to the store. Tom gave a ring to"),
             "one of two different",
         ),
-        (lambda: ioi.flip(ioi.generate(1)[0], ("S2", "S1")), "change"),
+        (lambda: ioi.flip(ioi.generate(1)[0], ("S2", "S1")), "change must be one of"),
         (lambda: ioi.flip(ioi.generate(1)[0], ("IO", "RAND")), "needs rng"),
         (lambda: colored_objects.generate(1, things=9), r"things in 2 \.\. 8"),
         (lambda: colored_objects.parse("What?"), "not a prompt"),

@@ -152,7 +152,7 @@ def flip(
       ValueError: the change is unknown, or a name is to be drawn without `rng`.
     """
     if tuple(change) not in FLIPS:
-        raise unknown("change", change, FLIPS)
+        raise ValueError(f"change must be one of {FLIPS}, got {change}")
     mention, source = change
     if source == "RAND" and rng is None:
         raise ValueError(f"{change} draws a name, and needs rng")
