@@ -31,7 +31,7 @@ from zoo.data import colored_objects, ioi
 from zoo.data.tokenizers import ByteLevelTokenizer
 from zoo.files import atomic
 from zoo.papers import circuit_reuse
-from zoo.papers.circuit_reuse import FINAL, Head, Pairs, Stage, strongest
+from zoo.papers.circuit_reuse import Head, Pairs, Stage, final_stream, strongest
 from zoo.probing import direct_logit_attribution
 
 # -100 times the effects of a reference run in another framework, same weights and prompts, in order of size.
@@ -230,7 +230,7 @@ def _listed(effects: np.ndarray, count: int) -> str:
 
 def movers(laboratory: Laboratory) -> tuple[Maps, list[reports.Claim]]:
     """The heads that act on the last residual stream, and how many of them both tasks have."""
-    config, final = laboratory.config, FINAL(laboratory.model)
+    config, final = laboratory.config, final_stream(laboratory.model)
     ioi_pairs, color_pairs = (task.first(config.patched) for task in (laboratory.ioi, laboratory.colors))
     maps = Maps(
         laboratory.patch(ioi_pairs, final),
@@ -308,7 +308,7 @@ class Circuit(NamedTuple):
 
 def search(laboratory: Laboratory, maps: Maps) -> tuple[Circuit, reports.Claim]:
     """What acts on the movers' queries in both tasks, and on the strongest inhibition head's values at S2."""
-    config, final = laboratory.config, FINAL(laboratory.model)
+    config, final = laboratory.config, final_stream(laboratory.model)
     order = strongest(maps.ioi, maps.ioi.size)
     layer = next(layer for layer, head in order if maps.ioi[layer, head] < 0)
     found = [head for head in order if head[0] == layer][: config.movers]
@@ -412,7 +412,7 @@ class Repair(NamedTuple):
 
     correct: np.ndarray  # bool (prompts,), over the vocabulary
     options: float  # accuracy among the three colours of the question
-    errors: Counter  # of "other option", "colour of the solved example", "other"
+    errors: Counter[str]  # of "other option", "colour of the solved example", "other"
     right: float  # attention of the movers to the right colour, mean
     wrong: float  # to the two others together
 
@@ -520,7 +520,8 @@ def _judge(
     logits: np.ndarray, looked: list[float],
 ) -> Repair:  # fmt: skip
     labels = np.array([laboratory.token(prompt.label) for prompt in prompts])
-    best, errors, options = logits.argmax(1), Counter(), []
+    best, options = logits.argmax(1), []
+    errors: Counter[str] = Counter()
     for row, prompt in enumerate(prompts):
         wrong = [laboratory.token(color) for color in prompt.test.wrong]
         options.append(logits[row, labels[row]] > logits[row, wrong].max())
@@ -554,7 +555,7 @@ def draw_circuit(ax: Axes, stages: Sequence[Stage], top: float | int = 5) -> Non
     """Heads by layer from bottom to top, a column a stage; edges to what they act on, red where the head matters."""
     graph = circuit_reuse.circuit_graph(stages, top)
     columns = list(dict.fromkeys(node["stage"] for node in graph["nodes"]))
-    places = {}
+    places: dict[str, tuple[float, int]] = {}
     for node in graph["nodes"]:
         layer = int(node["id"].rpartition(".")[2]) + 1 if node["stage"] == "output" else int(node["id"].split(".")[0])
         offset = 0.08 * (len([n for n in places if n.split(".")[0] == node["id"].split(".")[0]]) - 1)

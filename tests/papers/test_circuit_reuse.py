@@ -3,11 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.goldens.pretrained import smollm2
 from tests.parameters import random_parameters
 from zoo import probing
 from zoo.backbones import DecoderConfig, DecoderLM
+from zoo.data import ioi
 from zoo.papers import circuit_reuse
-from zoo.papers.circuit_reuse import FINAL, Pairs, Stage, path_patch, strongest
+from zoo.papers.circuit_reuse import Pairs, Stage, final_stream, path_patch, strongest
 
 _SMALL = {"vocab_size": 31, "features": 24, "layers": 3, "heads": 4, "mlp_features": 40, "max_length": 32}
 MODELS = {
@@ -41,6 +43,21 @@ def test_the_fast_way_is_exact(family, receivers, component, position, frozen):
     np.testing.assert_allclose(fast.effect, brute.effect, atol=1e-4)
     np.testing.assert_allclose(fast.clean, brute.clean, rtol=1e-4)
     assert np.abs(brute.effect).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_the_fast_way_is_exact_in_a_real_model():
+    model, variables, tokenizer = smollm2()
+    prompts = ioi.generate(2, tokenizer)
+    texts = [[tokenizer.encode(prompt.text) for prompt in row] for row in (prompts, map(ioi.flip, prompts))]
+    answers = [tuple(tokenizer.encode(answer)[0] for answer in prompt.answers) for prompt in prompts]
+    pairs = circuit_reuse.make_pairs(*texts, answers)
+    for receivers, component in (([(3, 1), (4, 0)], "q"), (["resid_post.2"], "z")):
+        fast, brute = (
+            path_patch(model, variables, pairs, receivers, component, method=method) for method in ("fast", "brute")
+        )
+        np.testing.assert_allclose(fast.effect, brute.effect, atol=1e-4)
+        assert np.abs(fast.effect).max() > 1e-4
 
 
 def _difference(logits):
@@ -90,17 +107,17 @@ def test_heads_of_a_group_share_their_key():
 def test_corrupted_prompts_may_have_another_length():
     pairs = circuit_reuse.make_pairs([[1, 2, 3], [4, 5]], [[1, 2], [4, 6]], [(7, 8), (9, 10)])
     assert pairs.lengths.tolist() == [3, 2] and pairs.corrupted_lengths.tolist() == [2, 2]
-    found = path_patch(MODELS["gpt2"], VARIABLES["gpt2"], pairs, FINAL(MODELS["gpt2"]))
-    brute = path_patch(MODELS["gpt2"], VARIABLES["gpt2"], pairs, FINAL(MODELS["gpt2"]), method="brute")
+    found = path_patch(MODELS["gpt2"], VARIABLES["gpt2"], pairs, final_stream(MODELS["gpt2"]))
+    brute = path_patch(MODELS["gpt2"], VARIABLES["gpt2"], pairs, final_stream(MODELS["gpt2"]), method="brute")
     np.testing.assert_allclose(found.effect, brute.effect, atol=1e-4)
     with pytest.raises(ValueError, match="as long as the clean ones"):
-        path_patch(MODELS["gpt2"], VARIABLES["gpt2"], pairs, FINAL(MODELS["gpt2"]), position=0)
+        path_patch(MODELS["gpt2"], VARIABLES["gpt2"], pairs, final_stream(MODELS["gpt2"]), position=0)
 
 
 @pytest.mark.slow
 def test_activation_patching_of_the_last_layer_is_path_patching():
     model, variables = MODELS["llama"], VARIABLES["llama"]
-    paths = path_patch(model, variables, PAIRS, FINAL(model))
+    paths = path_patch(model, variables, PAIRS, final_stream(model))
     whole = circuit_reuse.activation_patch(model, variables, PAIRS)
     np.testing.assert_allclose(whole.effect[2], paths.effect[2], atol=1e-4)
     assert np.abs(whole.effect[0] - paths.effect[0]).max() > 1e-4
@@ -205,5 +222,5 @@ def test_a_window_shorter_than_the_prompts_asks_for_brute_force():
     model = DecoderLM(DecoderConfig.preset("mistral_7b", **_SMALL | {"key_heads": 2, "window": 6}))
     variables = random_parameters(model, CLEAN)
     with pytest.raises(ValueError, match="window of 6; use 'brute'"):
-        path_patch(model, variables, PAIRS, FINAL(model))
-    assert np.abs(path_patch(model, variables, PAIRS, FINAL(model), method="brute").effect).max() > 0
+        path_patch(model, variables, PAIRS, final_stream(model))
+    assert np.abs(path_patch(model, variables, PAIRS, final_stream(model), method="brute").effect).max() > 0

@@ -141,13 +141,13 @@ def read(
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be (batch, time), got shape {tokens.shape}")
     batch, time = tokens.shape
-    lengths = np.full(batch, time) if lengths is None else np.asarray(lengths)
-    places = _places(lengths, time, position)
+    counts = np.full(batch, time) if lengths is None else np.asarray(lengths)
+    places = _places(counts, time, position)
     for layer in range(model.config.layers):
         window = getattr(model.config.make_mixer(layer, parent=None), "window", None)
         if window is not None and window <= time:
             raise ValueError(f"prompts of {time} tokens are as long as layer {layer}'s window of {window}; use 'brute'")
-    before, rest = int(places.max()), int((lengths - places).max())
+    before, rest = int(places.max()), int((counts - places).max())
     state = model.init_state(batch, time)
     if before:
         state = _prefill(model, variables, tokens[:, :before], np.arange(before) < places[:, None], state)
@@ -156,9 +156,9 @@ def read(
     return Reading(
         state,
         jnp.take_along_axis(tokens, jnp.asarray(column), axis=1),
-        jnp.asarray(offset < (lengths - places)[:, None]),
+        jnp.asarray(offset < (counts - places)[:, None]),
         jnp.asarray(places),
-        jnp.asarray(lengths - places - 1),
+        jnp.asarray(counts - places - 1),
     )
 
 
@@ -203,8 +203,8 @@ def path_patch(
       model: a decoder with softmax attention in every layer.
       variables: of the model.
       pairs: the prompts.
-      receivers: (layer, head) each, or sites of the residual stream such as "resid_post.11"; `FINAL(model)` is the
-        last one, for what reaches the logits directly and through MLPs.
+      receivers: (layer, head) each, or sites of the residual stream such as "resid_post.11"; `final_stream(model)` is
+        the last one, for what reaches the logits directly and through MLPs.
       component: what of receiving heads, "q", "k", "v" or "z".
       position: where, for senders and receivers: of each prompt, or one for all; -1 is the last. Any other asks for
         corrupted prompts of the clean ones' lengths.
@@ -235,7 +235,7 @@ def path_patch(
     return Patching(effect, np.asarray(run.clean), np.asarray(run.corrupted))
 
 
-def FINAL(model: DecoderLM) -> list[str]:
+def final_stream(model: DecoderLM) -> list[str]:
     """The receiver that is the residual stream after the last block."""
     return [f"resid_post.{model.config.layers - 1}"]
 
@@ -272,7 +272,8 @@ def _receivers(
         raise unknown("component", component, get_args(Component))
     if not receivers:
         raise ValueError("there must be a receiver")
-    config, found = model.config, []
+    config = model.config
+    found: list[tuple[str, int, int | None]] = []
     group = config.heads // (config.key_heads or config.heads) if component in ("k", "v") else 1
     for receiver in receivers:
         if isinstance(receiver, str):
@@ -309,14 +310,15 @@ class _Run(NamedTuple):
     sender: jax.Array  # corrupted z at the position, (layers, batch, heads, head_dim)
 
 
-def _prepare(model, variables, pairs, position, *, brute: bool) -> _Run:
+def _prepare(
+    model: DecoderLM, variables: Mapping[str, Any], pairs: Pairs, position: int | Sequence[int] | jax.Array, brute: bool
+) -> _Run:
     found = []
     for tokens, lengths in ((pairs.corrupted, pairs.corrupted_lengths), (pairs.clean, pairs.lengths)):
         if brute:
-            lengths = np.asarray(lengths)
-            place = slot = jnp.asarray(_places(lengths, tokens.shape[1], position))
+            place = slot = jnp.asarray(_places(np.asarray(lengths), tokens.shape[1], position))
             first = whole = {"tokens": tokens}
-            last = jnp.asarray(lengths - 1)
+            last = lengths - 1
         else:
             reading = read(model, variables, tokens, lengths, position)
             place, slot, last = jnp.zeros_like(reading.position), reading.position, reading.last
@@ -339,7 +341,9 @@ def _read_sites(model, variables, inputs, answers, place, last):
     return difference, at, stream
 
 
-def _difference(model, variables, x, answers, last) -> jax.Array:
+def _difference(
+    model: DecoderLM, variables: Mapping[str, Any], x: jax.Array, answers: jax.Array, last: jax.Array
+) -> jax.Array:
     """(batch,) logit of the right less that of the wrong answer, from two columns of the head."""
     params = nn.unbox(variables)["params"]
     head = params["embed"]["embedding"] if model.config.tie_embeddings else params["head"]["kernel"].T
@@ -358,7 +362,7 @@ def _normalized(measured: np.ndarray, run: _Run) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _measure(model, sites, freeze_mlps, start, variables, run: _Run, answers, layers) -> jax.Array:
+def _measure(model, sites, freeze_mlps, start, variables, run, answers, layers):
     """Mean logit difference for each sender of some layers: (layers, heads).
 
     `start` is the first of these layers: the stream before it is the clean one, so that the compiler drops what is
@@ -424,7 +428,7 @@ def _measure(model, sites, freeze_mlps, start, variables, run: _Run, answers, la
 
 
 @partial(jax.jit, static_argnums=0)
-def _activation(model, variables, run: _Run, answers) -> jax.Array:
+def _activation(model, variables, run, answers):
     rows = jnp.arange(len(run.place))
 
     def measure(layer: jax.Array, head: jax.Array) -> jax.Array:
@@ -481,7 +485,7 @@ def logits_at_end(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _forced(model, heads, names, variables, reading: Reading, weights) -> Probe:
+def _forced(model, heads, names, variables, reading, weights):
     def force(layer: int) -> Callable[[jax.Array], jax.Array]:
         def change(pattern: jax.Array) -> jax.Array:
             for (own, head), row in zip(heads, weights, strict=True):
@@ -549,7 +553,7 @@ def ov_copying(
 
 
 @partial(jax.jit, static_argnums=0)
-def _copying(k, embedding, unembedding, value, out, tokens) -> jax.Array:
+def _copying(k, embedding, unembedding, value, out, tokens):
     size = math.gcd(len(tokens), 128)
     chunks = tokens.reshape(-1, size)
 

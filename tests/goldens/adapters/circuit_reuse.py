@@ -13,7 +13,7 @@ import zoo
 from tests.goldens.adapters.lm_backbone import model_options
 from tests.goldens.pretrained import smollm2
 from zoo.papers import circuit_reuse
-from zoo.papers.circuit_reuse import FINAL, Pairs
+from zoo.papers.circuit_reuse import Pairs, final_stream
 from zoo.probing import direct_logit_attribution
 
 # Output: receivers (None is the last residual stream), component, position, frozen MLPs.
@@ -56,7 +56,7 @@ def _patched(model, variables, inputs) -> dict[str, np.ndarray]:
     pairs = _pairs(inputs, "source_ids")
     outputs = {}
     for name, (receivers, component, position, frozen) in _RUNS.items():
-        receivers = FINAL(model) if receivers is None else receivers
+        receivers = final_stream(model) if receivers is None else receivers
         heads = [receiver for receiver in receivers if not isinstance(receiver, str)]
         if position >= pairs.clean.shape[1] or any(
             layer >= model.config.layers or head >= model.config.heads for layer, head in heads
@@ -73,8 +73,8 @@ def _patched(model, variables, inputs) -> dict[str, np.ndarray]:
 
 def _real(model, variables, inputs) -> dict[str, np.ndarray]:
     pairs = _pairs(inputs, "clean_ids")
-    found = circuit_reuse.path_patch(model, variables, pairs, FINAL(model))
-    frozen = circuit_reuse.path_patch(model, variables, pairs, FINAL(model), freeze_mlps=True)
+    found = circuit_reuse.path_patch(model, variables, pairs, final_stream(model))
+    frozen = circuit_reuse.path_patch(model, variables, pairs, final_stream(model), freeze_mlps=True)
     return {
         "effect": found.effect,
         "effect_frozen_mlps": frozen.effect,
