@@ -121,45 +121,55 @@ class Task(NamedTuple):
         return Pairs(*(part[:count] for part in self.pairs))
 
 
+FILES = ("ioi/ioi_500.json", "colored_objects/cobjs_data_42.json", "colored_objects/cobjs_mindiff_data_42.json")
+Question = colored_objects.NShotPrompt
+
+
+def _check_files(config: Config) -> None:
+    for name in FILES if config.data_dir is not None else ():
+        if not (config.data_dir / name).is_file():  # type: ignore[operator]
+            raise FileNotFoundError(f"no {name} in {config.data_dir}")
+
+
+def _prompts(config: Config, tokenizer: ByteLevelTokenizer) -> tuple[list[ioi.Prompt], list[Question], list[Question]]:
+    """Sentences, questions, and the questions that ask for another object."""
+    count, colors = config.ioi_prompts, max(config.color_prompts, config.repaired)
+    if config.data_dir is None:
+        questions, rng = colored_objects.generate(colors), np.random.default_rng(1)
+        others = [colored_objects.min_pairs(question, rng=rng) for question in questions]
+        return ioi.generate(count, tokenizer), questions, others
+    records = [json.loads((config.data_dir / name).read_text()) for name in FILES]
+    for name, rows, wanted in zip(FILES, records, (count, colors, colors), strict=True):
+        if len(rows) < wanted:
+            raise ValueError(f"{name} has {len(rows)} prompts, {wanted} are asked for")
+    sentences = [ioi.parse(record["prompt"]) for record in records[0][:count]]
+    questions, others = ([colored_objects.parse(text) for text, _ in rows[:colors]] for rows in records[1:])
+    return sentences, questions, others
+
+
 class Laboratory:
     """A model and the two tasks."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        names = ("ioi/ioi_500.json", "colored_objects/cobjs_data_42.json", "colored_objects/cobjs_mindiff_data_42.json")
-        if config.data_dir is not None:
-            for name in names:
-                if not (config.data_dir / name).is_file():
-                    raise FileNotFoundError(f"no {name} in {config.data_dir}")
+        _check_files(config)
         self.pretrained = tiny() if config.tiny else load_smollm2()
         self.model, self.variables, tokenizer = self.pretrained
-        count, colors = config.ioi_prompts, max(config.color_prompts, config.repaired)
-        if config.data_dir is None:
-            sentences = ioi.generate(count, tokenizer)
-            questions = colored_objects.generate(colors)
-            rng = np.random.default_rng(1)
-            others = [colored_objects.min_pairs(question, rng=rng) for question in questions]
-        else:
-            texts = [json.loads((config.data_dir / name).read_text()) for name in names]
-            for name, text, wanted in zip(names, texts, (count, colors, colors), strict=True):
-                if len(text) < wanted:
-                    raise ValueError(f"{name} has {len(text)} prompts, {wanted} are asked for")
-            sentences = [ioi.parse(record["prompt"]) for record in texts[0][:count]]
-            questions, others = ([colored_objects.parse(text) for text, _ in records[:colors]] for records in texts[1:])
-        self.ioi = self._task("IOI", sentences, [ioi.flip(p) for p in sentences], [p.answers for p in sentences])
-        self.colors = self._task(
-            "Colored Objects", questions, others, [(a.label, b.label) for a, b in zip(questions, others, strict=True)]
-        )
+        sentences, questions, others = _prompts(config, tokenizer)
+        flipped = [ioi.flip(prompt) for prompt in sentences]
+        # Both are padded to one length, so that one program serves both.
+        prompts: list[Any] = [*sentences, *flipped, *questions, *others]
+        self.length = max(len(tokenizer.encode(prompt.text)) for prompt in prompts)
+        self.ioi = self._task("IOI", sentences, flipped, [prompt.answers for prompt in sentences])
+        answers = [(asked.label, other.label) for asked, other in zip(questions, others, strict=True)]
+        self.colors = self._task("Colored Objects", questions, others, answers)
 
-    def _task(self, name: str, clean: Sequence[Any], corrupted: Sequence[Any], answers: Sequence[Any]) -> Task:
-        encode = self.pretrained.tokenizer.encode
-        return Task(
-            name, clean,
-            circuit_reuse.make_pairs(
-                [encode(prompt.text) for prompt in clean], [encode(prompt.text) for prompt in corrupted],
-                [(self.token(right), self.token(wrong)) for right, wrong in answers],
-            ),
-        )  # fmt: skip
+    def _task(
+        self, name: str, clean: Sequence[Any], corrupted: Sequence[Any], answers: Sequence[tuple[str, str]]
+    ) -> Task:
+        texts = [[self.pretrained.tokenizer.encode(prompt.text) for prompt in row] for row in (clean, corrupted)]
+        tokens = [(self.token(right), self.token(wrong)) for right, wrong in answers]
+        return Task(name, clean, circuit_reuse.make_pairs(texts[0], texts[1], tokens, self.length))
 
     def token(self, answer: str) -> int:
         """The one token of an answer. Raises ValueError where it is several."""

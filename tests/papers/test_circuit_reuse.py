@@ -208,6 +208,7 @@ def test_a_circuit_is_a_graph():
         ),
         (lambda *a: circuit_reuse.ov_copying(*a, tokens=[31]), r"in 0 \.\. 30"),
         (lambda *a: circuit_reuse.make_pairs([[1]], [[2], [3]], [(0, 1)]), "one corrupted"),
+        (lambda *a: circuit_reuse.make_pairs([[1]], [[2, 3]], [(0, 1)], 1), "has 2 tokens, more than the length 1"),
         (lambda *a: strongest(np.zeros((2, 2)), 5), "top must be"),
         (lambda *a: circuit_reuse.repetition_scores(*a, length=1), "length must be at least 2"),
     ],

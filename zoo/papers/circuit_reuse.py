@@ -76,16 +76,21 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(
-    clean: Sequence[Sequence[int]], corrupted: Sequence[Sequence[int]], answers: Sequence[tuple[int, int]]
+    clean: Sequence[Sequence[int]],
+    corrupted: Sequence[Sequence[int]],
+    answers: Sequence[tuple[int, int]],
+    length: int | None = None,
 ) -> Pairs:
     """A batch of prompts.
 
     Args:
       clean, corrupted: tokens of each prompt.
       answers: right and wrong token of each.
+      length: to pad to, so that several data sets share their compiled programs; None is the longest prompt's.
 
     Raises:
-      ValueError: there is not one corrupted prompt and one pair of answers for each clean one, or a prompt is empty.
+      ValueError: there is not one corrupted prompt and one pair of answers for each clean one, or a prompt is empty or
+        too long.
     """
     if not len(clean) == len(corrupted) == len(answers) > 0:
         raise ValueError(
@@ -96,9 +101,12 @@ def make_pairs(
     if min(map(min, lengths)) < 1:
         raise ValueError("a prompt has at least one token")
     longest = max(map(max, lengths))
+    length = longest if length is None else length
+    if length < longest:
+        raise ValueError(f"the longest prompt has {longest} tokens, more than the length {length}")
 
     def padded(rows: Sequence[Sequence[int]]) -> jax.Array:
-        return jnp.asarray([[*row, *[0] * (longest - len(row))] for row in rows], jnp.int32)
+        return jnp.asarray([[*row, *[0] * (length - len(row))] for row in rows], jnp.int32)
 
     tokens = padded(clean), padded(corrupted), jnp.asarray(answers, jnp.int32).reshape(-1, 2)
     return Pairs(*tokens, *(jnp.asarray(row, jnp.int32) for row in lengths))
