@@ -4,9 +4,14 @@ import pytest
 from notebooks.execute import FOLDER, execute
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SLOW = {"circuits"}  # runs a real language model
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def runs():
+    return [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", runs())
 def test_notebook_runs_from_top_to_bottom(path):
     execute(path)
 

@@ -99,6 +99,8 @@ def test_attribution_adds_up_to_what_the_heads_write(family):
     direction = jax.random.normal(jax.random.key(5), (24,))
     parts = probing.direct_logit_attribution(model, variables, {"tokens": TOKENS}, direction)
     assert parts.shape == (2, 4, 2, 9)
+    of_each = probing.direct_logit_attribution(model, variables, {"tokens": TOKENS}, jnp.stack([direction, -direction]))
+    np.testing.assert_allclose(of_each, parts * jnp.array([1, -1])[:, None], atol=1e-5)
     seen = run(family, ["z.0", "resid_post.1"])
     wrote = jnp.einsum("bthd,hdf->btf", seen.sites["z.0"],
                        variables["params"]["layer_0"]["mixer"]["out"]["kernel"].reshape(4, 6, 24))  # fmt: skip

@@ -338,7 +338,8 @@ def direct_logit_attribution(
     """What each head adds to a direction of the unembedding, with the last norm's scale as it is (layers, heads, B, T).
 
     Args:
-      direction: (features,) of the residual stream, such as the difference of two tokens' unembeddings.
+      direction: (features,) of the residual stream, such as the difference of two tokens' unembeddings, or one for
+        each sequence (batch, features).
     """
     layers = range(model.config.layers)
     names = [f"z.{layer}" for layer in layers]
@@ -352,10 +353,11 @@ def direct_logit_attribution(
         scale = jax.lax.rsqrt(jnp.mean(x**2, axis=-1) + model.config.norm_epsilon)
     gain = params["norm"]["scale"] * direction
     if model.config.norm == "layer":
-        gain = gain - gain.mean()  # the norm takes off the mean
+        gain = gain - gain.mean(axis=-1, keepdims=True)  # the norm takes off the mean
+    gain = jnp.broadcast_to(gain, (x.shape[0], x.shape[-1]))
     rows = []
     for layer in layers:
         z = found[f"z.{layer}"]
         kernel = params[f"layer_{layer}"]["mixer"]["out"]["kernel"].reshape(z.shape[2], z.shape[3], -1)
-        rows.append(jnp.einsum("bthd,hdf,f->hbt", z, kernel, gain) * scale)
+        rows.append(jnp.einsum("bthd,hdf,bf->hbt", z, kernel, gain) * scale)
     return jnp.stack(rows)

@@ -1,9 +1,11 @@
 """The experiments on attention heads: retrieval and calibration, with a tiny network."""
 
+import json
+
 import numpy as np
 import pytest
 
-from experiments import act, retrieval_head
+from experiments import act, circuit_reuse, retrieval_head
 from zoo import reports
 
 
@@ -47,3 +49,21 @@ def test_wrong_configs_say_so():
         retrieval_head.Config(needles=7)
     with pytest.raises(ValueError, match=r"depths must be in 0 \.\. 100"):
         retrieval_head.Config(depths=(120,))
+
+
+@pytest.mark.slow
+def test_circuits_leave_their_record(tmp_path):
+    circuit_reuse.run(circuit_reuse.PRESETS["smoke"], tmp_path)
+    result = reports.load_result(tmp_path / "result.json")
+    assert result.preset == "smoke" and [claim.verdict for claim in result.claims] == ["not tested"] * 6
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"effects", "circuits", "repair"}
+    assert np.load(tmp_path / "effects.npz")["ioi"].shape == (2, 4)
+    graphs = json.loads((tmp_path / "circuits.json").read_text())
+    assert {edge["component"] for edge in graphs["IOI"]["edges"]} == {"residual", "q", "v"}
+
+
+def test_circuits_say_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no ioi/ioi_500\.json"):
+        circuit_reuse.run(circuit_reuse.Config(data_dir=tmp_path, tiny=True), tmp_path / "run")
+    with pytest.raises(ValueError, match="so at most as many"):
+        circuit_reuse.Config(patched=200)

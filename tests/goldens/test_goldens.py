@@ -11,7 +11,16 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-@pytest.mark.parametrize("path", find_cases(HERE), ids=lambda path: f"{path.parent.name}/{path.stem}")
+SLOW = {"circuit_reuse/smollm2_ioi"}  # two passes of 270 heads through a real model
+
+
+def cases():
+    for path in find_cases(HERE):
+        name = f"{path.parent.name}/{path.stem}"
+        yield pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@pytest.mark.parametrize("path", cases())
 def test_our_model_computes_what_the_published_code_does(path):
     outcome = run_case(path)
     assert outcome.passed, str(outcome)
