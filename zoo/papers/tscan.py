@@ -6,7 +6,7 @@ no weights). The paper's text was not at hand; this module follows the published
 
 48 hourly rows are cut into four segments of 12. An encoder layer reads the first; three decoder layers read the others
 in turn, each attending to the previous block's output. One such chain has hours as tokens and variables as features,
-another ("spatial") variables as tokens and hours as features. Their outputs are joined along time, averaged, classified.
+another ("spatial") variables as tokens and hours as features. Their outputs are joined in time, averaged, classified.
 
 What the published models do and is therefore done here:
 - heads live in `embed_dim` features, however narrow the tokens are (12 hours, say);
@@ -381,7 +381,7 @@ class TransformerBaseline(nn.Module):
         check_hours(x, config)
         x = dense(config.embed_dim, (None, "embed"), **options, name="embed")(x[..., : config.feature_dim])
         encoder = EncoderConfig(
-            features=config.embed_dim, layers=config.layers, heads=config.num_heads, mlp_hidden=config.ff_dim,
+            features=config.embed_dim, layers=config.layers, heads=config.num_heads, mlp_features=config.ff_dim,
             mlp="relu", norm="layer", norm_position="post", dropout=config.dropout, causal=False,
         )  # fmt: skip
         x = Encoder(encoder, **options, name="encoder")(x + positions(*x.shape[1:]), deterministic=not train)
@@ -546,3 +546,47 @@ def key_indicators(
     if len(names) != len(received):
         raise ValueError(f"{len(names)} names for {len(received)} variables")
     return sorted(zip(names, received.tolist(), strict=True), key=lambda pair: -pair[1])
+
+
+def clinical_metrics(task: Task, y: np.ndarray, p: np.ndarray) -> dict[str, float]:
+    """The clinical benchmark's metrics (Harutyunyan et al. 2019), by scikit-learn.
+
+    Args:
+      task: "ihm" and "decomp": "auroc" and "auprc"; "ph": "auroc_macro", "auroc_micro"; "los": "kappa" (Cohen's, with
+        linear weights) and "mad" (mean absolute difference, in bins).
+      y: labels 0 or 1 (N,) or (N, 1), for "ph" (N, P); for "los" bins, int (N,).
+      p: probabilities of the same shape; for "los" (N, bins).
+
+    Returns:
+      Numbers by name; NaN where only one class is there.
+
+    Raises:
+      ValueError: the task is unknown, or shapes do not fit.
+      ModuleNotFoundError: scikit-learn is not installed.
+    """
+    from sklearn import metrics
+
+    y, p = np.asarray(y), np.asarray(p)
+    if task not in get_args(Task):
+        raise ValueError(f"task must be one of {get_args(Task)}, got {task!r}")
+    if task == "los":
+        if p.ndim != 2 or y.shape != p.shape[:1]:
+            raise ValueError(f"bins (N,) and their probabilities (N, bins) do not fit: {y.shape}, {p.shape}")
+        found = p.argmax(1)
+        kappa = metrics.cohen_kappa_score(y, found, labels=list(range(p.shape[1])), weights="linear")
+        return {"kappa": float(kappa), "mad": float(np.abs(found - y).mean())}
+    if y.size != p.size or len(y) != len(p):
+        raise ValueError(f"labels {y.shape} and probabilities {p.shape} do not fit")
+    if task == "ph":
+        y = y.reshape(p.shape)
+        each = [_binary(metrics.roc_auc_score, y[:, column], p[:, column]) for column in range(y.shape[1])]
+        return {"auroc_macro": float(np.mean(each)), "auroc_micro": _binary(metrics.roc_auc_score, y, p)}
+    return {
+        "auroc": _binary(metrics.roc_auc_score, y, p),
+        "auprc": _binary(metrics.average_precision_score, y, p),
+    }
+
+
+def _binary(metric: Callable[..., float], y: np.ndarray, p: np.ndarray) -> float:
+    y, p = y.reshape(-1), p.reshape(-1)
+    return float(metric(y, p)) if 0 < y.sum() < len(y) else float("nan")

@@ -46,7 +46,11 @@ def fit_generated(
       The trained variables.
     """
     config = OptimizerConfig(
-        learning_rate=learning_rate, weight_decay=weight_decay, schedule="cosine", clip_norm=1.0, warmup_steps=steps // 10
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        schedule="cosine",
+        clip_norm=1.0,
+        warmup_steps=steps // 10,
     )
     optimizer = build_optimizer(config, steps)
     mesh = make_mesh(MeshConfig(data=1))
