@@ -11,6 +11,7 @@ Order: the chain over variables when these are reordered, with its causal mask a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -117,10 +118,10 @@ def task_data(task: tscan.Task, stays: icu.ICUStays, encoded: icu.Encoded, split
     label = stays.labels[task]
     if task == "los":
         y = np.digitize(label, icu.LOS_EDGES).astype(np.int32)
-        known = label >= 0
+        known = np.asarray(label >= 0)
     else:
         y = label.reshape(len(stays), -1).astype(np.float32)
-        known = (y >= 0).all(1)
+        known = np.asarray((y >= 0).all(1))
     kept = icu.Split(*(part[known[part]] for part in split))
     return Data(encoded.x, y, kept, stays, encoded.names)
 
@@ -141,9 +142,7 @@ def network(name: str, task: tscan.Task, data: Data, config: Config, **options: 
     return tscan.TSCAN(dataclasses.replace(settings, streams=streams[name]))
 
 
-def train_task(
-    model: nn.Module, data: Data, config: Config, rate: float, seed: int, run: train.Run
-) -> Mapping[str, Any]:
+def train_task(model: Any, data: Data, config: Config, rate: float, seed: int, run: train.Run) -> Mapping[str, Any]:
     """Trains on the training patients with Adam, and returns the variables."""
     rows = data.split.train
     size = min(config.batch_size, len(rows))
@@ -160,16 +159,18 @@ def train_task(
     )  # fmt: skip
 
 
-def predictor(model: nn.Module, variables: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
+@functools.cache
+def forward(model: Any) -> Callable[[Mapping[str, Any], np.ndarray], jax.Array]:
+    """The network's probabilities, compiled once for all its variables."""
+    return jax.jit(lambda variables, x: model.apply(variables, x)["prob"])
+
+
+def predict(model: Any, variables: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
     """Probabilities of any number of patients, in batches of one size."""
-    apply = jax.jit(lambda x: model.apply(variables, x)["prob"])
-
-    def predict(x: np.ndarray) -> np.ndarray:
-        size = min(200, len(x))
-        padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
-        return np.concatenate([np.asarray(apply(part)) for part in np.split(padded, len(padded) // size)])[: len(x)]
-
-    return predict
+    size = 200
+    padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
+    parts = np.split(padded, len(padded) // size)
+    return np.concatenate([np.asarray(forward(model)(variables, part)) for part in parts])[: len(x)]
 
 
 def regression(task: tscan.Task, data: Data) -> np.ndarray:
@@ -188,17 +189,17 @@ def regression(task: tscan.Task, data: Data) -> np.ndarray:
             model = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
             model.fit(features[data.split.train], column[data.split.train])
             if task == "los":
-                predict = model.predict_proba
+                probabilities = model.predict_proba
             else:
 
-                def predict(rows: np.ndarray, model: Any = model) -> np.ndarray:
+                def probabilities(rows: np.ndarray, model: Any = model) -> np.ndarray:
                     return model.predict_proba(rows)[:, 1]
 
             value = tscan.clinical_metrics(
                 "los" if task == "los" else "ihm", column[data.split.validation],
-                predict(features[data.split.validation]),
+                probabilities(features[data.split.validation]),
             )["kappa" if task == "los" else "auroc"]  # fmt: skip
-            found.append((np.nan_to_num(value), predict(features[data.split.test])))
+            found.append((np.nan_to_num(value), probabilities(features[data.split.test])))
         columns.append(max(found, key=lambda pair: pair[0])[1])
     return columns[0] if task == "los" else np.stack(columns, axis=1)
 
@@ -225,13 +226,13 @@ def train_network(
 
     def validation(rate: float) -> float:
         rows = data.split.validation
-        found = tscan.clinical_metrics(task, data.y[rows], predictor(model, tried[rate])(data.x[rows]))
+        found = tscan.clinical_metrics(task, data.y[rows], predict(model, tried[rate], data.x[rows]))
         return float(np.nan_to_num(found[METRIC[task]]))
 
     rate = max(config.rates, key=validation)
     variables = [tried[rate], *(one(rate, seed) for seed in config.seeds[1:])]
     test = data.x[data.split.test]
-    return Outcome(rate, [predictor(model, each)(test) for each in variables], variables)
+    return Outcome(rate, [predict(model, each, test) for each in variables], variables)
 
 
 def task_claim(
@@ -239,9 +240,9 @@ def task_claim(
 ) -> tuple[reports.Claim, Figure, dict[str, Outcome]]:
     """All networks on one task."""
     y = data.y[data.split.test]
-    outcomes = {}
-    for name in config.networks:
-        outcomes[name] = train_network(name, task, data, config, run_below)
+    outcomes: dict[str, Outcome] = {}
+    for network_name in config.networks:
+        outcomes[network_name] = train_network(network_name, task, data, config, run_below)
         bar()
     metric = METRIC[task]
     tables = {
@@ -323,19 +324,18 @@ def indicators_claim(data: Data, outcome: Outcome, config: Config) -> tuple[repo
     x, y, count = data.x[rows], data.y[rows], len(data.names)
     attended, importance, hours = [], [], []
     rng = np.random.default_rng(0)
+    run = jax.jit(partial(model.apply, return_attention=True))
     for variables in outcome.variables:
-        run = jax.jit(partial(model.apply, return_attention=True))
         maps = jax.device_get(run(variables, x[:200])["attention"])
         ranked = dict(tscan.key_indicators(maps["feature"], data.names))
         attended.append([ranked[name] for name in data.names])
         hours.append(tscan.key_hours(maps["time"]))
-        predict = predictor(model, variables)
-        whole = tscan.clinical_metrics("ihm", y, predict(x))["auroc"]
+        whole = tscan.clinical_metrics("ihm", y, predict(model, variables, x))["auroc"]
         losses = []
         for column in range(count):
             changed = x.copy()
             changed[:, :, column] = changed[rng.permutation(len(x)), :, column]
-            losses.append(whole - tscan.clinical_metrics("ihm", y, predict(changed))["auroc"])
+            losses.append(whole - tscan.clinical_metrics("ihm", y, predict(model, variables, changed))["auroc"])
         importance.append(losses)
     rank = [float(scipy.stats.spearmanr(a, b).statistic) for a, b in zip(attended, importance, strict=True)]
     order = np.arange(count)

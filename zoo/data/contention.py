@@ -7,6 +7,7 @@ that seconds must be aligned, and its size depends on products of demands, so th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -115,17 +116,16 @@ def _simulate(
     act = _activity(victim, rng.random(runs), time)
     others = _activity(neighbour, rng.random((runs, NEIGHBOURS)), time) * on  # (N, 4, T)
     cache, bandwidth, network = (
-        (others * values[neighbour][..., None]).sum(1)
-        for values in (profile.cache, profile.bandwidth, profile.network)
+        (others * values[neighbour][..., None]).sum(1) for values in (profile.cache, profile.bandwidth, profile.network)
     )
     own_cache, own_network = (values[victim][:, None] * act for values in (profile.cache, profile.network))
     total = own_cache + cache
     share = own_cache / total * np.minimum(total, _CACHE)
     missing = 1 - share / own_cache
-    growth = 1 + 3 * missing  # miss ratio over that of a machine of its own
+    growth = 1 + missing  # miss ratio over that of a machine of its own
     miss = np.minimum(profile.miss[victim][:, None] * growth, 1)
     growth = miss / profile.miss[victim][:, None]
-    own_bandwidth = profile.bandwidth[victim][:, None] * act * np.minimum(growth, 2.5)
+    own_bandwidth = profile.bandwidth[victim][:, None] * act * growth
     saturation = np.maximum((own_bandwidth + bandwidth) / _BANDWIDTH - 0.8, 0)
     congestion = np.maximum((own_network + network) / _NETWORK - 0.8, 0)
     slow = (
@@ -137,7 +137,9 @@ def _simulate(
     # A machine alone may already saturate the host: its ideal is without neighbours, not without limits.
     alone = np.maximum(profile.bandwidth[victim][:, None] * act / _BANDWIDTH - 0.8, 0)
     alone_network = np.maximum(own_network / _NETWORK - 0.8, 0)
-    slow = slow - 1.5 * profile.to_bandwidth[victim][:, None] * alone - profile.to_network[victim][:, None] * alone_network
+    slow = (
+        slow - 1.5 * profile.to_bandwidth[victim][:, None] * alone - profile.to_network[victim][:, None] * alone_network
+    )
     slow = np.maximum(slow, 1)
     valid = time < length[:, None]
     performance = (act * valid).sum(1) / (act * slow * valid).sum(1)
@@ -155,9 +157,9 @@ def _simulate(
 def simulate_contention(runs: int, seed: int = 0, scenario: Scenario = "mixed") -> Runs:
     """Runs of machines beside none to four neighbours on one host.
 
-    A victim's cache share, and so its miss ratio, bandwidth and network meet the neighbours' in each second; slow(t) = 1
-    + cache + bandwidth + network terms, and performance is sum act / sum (act slow). The 206 metrics are sparse mixtures
-    of 14 latent traces through four functions, with a gain of their own in every run (10 %) and noise (0.5).
+    A victim's cache share, and so its miss ratio, bandwidth and network meet the neighbours' in each second: slow(t) is
+    1 + terms of cache, bandwidth and network, and performance sum act / sum (act slow). The 206 metrics are sparse
+    mixtures of 14 latent traces through four functions, with a gain of their own in a run (10 %) and noise (0.5).
 
     Args:
       runs: how many.
@@ -177,7 +179,9 @@ def simulate_contention(runs: int, seed: int = 0, scenario: Scenario = "mixed") 
     mean, spread = _scales()
     weights, kind, offset = _mixture()
     mixed = ((latents - mean) / spread).astype(np.float32) @ weights.astype(np.float32) + offset.astype(np.float32)
-    functions = (lambda v: v, np.tanh, lambda v: np.log1p(np.abs(v)), np.square)
+    functions: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
+        lambda v: v, np.tanh, lambda v: np.log1p(np.abs(v)), np.square,
+    )  # fmt: skip
     x = np.empty_like(mixed)
     for index, function in enumerate(functions):
         x[..., kind == index] = function(mixed[..., kind == index])

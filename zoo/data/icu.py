@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +168,7 @@ def encode_stays(stays: ICUStays, training: np.ndarray) -> Encoded:
     return Encoded(x, (*stays.names, *stays.static_names))
 
 
-def _nan_statistic(statistic, rows: np.ndarray, axis) -> np.ndarray:
+def _nan_statistic(statistic: Callable[..., np.ndarray], rows: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     """A statistic that skips NaN; 0 for a variable that was never measured."""
     never = np.isnan(rows).all(axis)
     return statistic(np.where(never, 0.0, rows), axis=axis)

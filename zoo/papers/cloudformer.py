@@ -6,9 +6,9 @@ Shahbazinia, Darong Huang, Luis Costero, David Atienza, 2025, arXiv 2509.03394.
 A RECONSTRUCTION: neither code nor data nor weights were found. What is known of the paper: 206 metrics of the host a
 second, a series of any length, two Transformer branches whose tokens are seconds ("temporal") and metrics ("system"),
 their summaries fused to the performance ratio P = ideal / actual in (0, 1]. Everything else is our decision, all of it
-in `CloudFormerConfig`: widths and depths, the compression of a series to `segments` means before the system branch, mean
-pooling, the learned embedding of metrics, the head. Golden cases check against a reference of the same reconstruction,
-and no number here is the authors'.
+in `CloudFormerConfig`: widths and depths, the compression of a series to `segments` means before the system branch,
+mean pooling, the learned embedding of metrics, the head. Golden cases check against a reference of the same
+reconstruction, and no number here is the authors'.
 
 B batch, T seconds, F metrics, S segments, d d_model.
 """
@@ -41,8 +41,8 @@ PAPER = Paper(
     venue="arXiv",
     year=2025,
     arxiv="2509.03394",
-    claim="Attention over seconds beside attention over metrics predicts a virtual machine's slowdown in workloads never "
-    "seen, at least 28 % better than methods before.",
+    claim="Attention over seconds beside attention over metrics predicts a virtual machine's slowdown in workloads "
+    "never seen, at least 28 % better than methods before.",
     fidelity="reconstruction",
     remarks="A reconstruction: no code, data or weights are published, and details of the architecture are ours.",
 )
@@ -138,7 +138,7 @@ class Packing(NamedTuple):
     time: np.ndarray
 
 
-def pack_lengths(lengths: Sequence[int], capacity: int, rows: int | None = None) -> Packing:
+def pack_lengths(lengths: Sequence[int] | np.ndarray, capacity: int, rows: int | None = None) -> Packing:
     """Series put into as few rows as first fit, the longest first, finds.
 
     Args:
@@ -199,10 +199,13 @@ class EncoderLayer(nn.Module):
             3 * width, ("embed", "heads"), kernel_init=nn.initializers.xavier_uniform(), **options, name="in"
         )(x)  # fmt: skip
         query, key, value = (part.reshape(*x.shape[:2], heads, -1) for part in jnp.split(packed, 3, axis=-1))
-        ids = {} if segment_ids is None else {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
+        ids: dict[str, Any] = (
+            {} if segment_ids is None else {"query_segment_ids": segment_ids, "key_segment_ids": segment_ids}
+        )
         rate = config.dropout if train else 0.0
         rng = self.make_rng("dropout") if rate else None
-        y = attention(query, key, value, dropout_rate=rate, dropout_rng=rng, **ids).reshape(x.shape)
+        y: Any = attention(query, key, value, dropout_rate=rate, dropout_rng=rng, **ids)
+        y = y.reshape(x.shape)
         weights = attention_entries(query, key, **ids) if return_attention else None
         drop = Dropout(config.dropout)
         y = dense(width, ("heads", "embed"), kernel_init=_uniform(width), **options, name="out")(y)
@@ -259,8 +262,8 @@ class CloudFormer(nn.Module):
           return_attention: also return each layer's weights.
 
         Returns:
-          "performance" and "logit" (B,); "temporal" and "system" (B, d) of the branches there are; if asked "attention",
-          for each branch a list of float32 (B, heads, tokens, tokens) (rows of the packing for B in a packed one).
+          "performance" and "logit" (B,); "temporal" and "system" (B, d) of the branches there are; if asked
+          "attention", for each branch a list of float32 (B, heads, tokens, tokens), with a packing (R, heads, C, C).
 
         Raises:
           ValueError, TypeError: a shape or dtype is wrong.
@@ -323,8 +326,8 @@ def _check_series(x: jax.Array, length: jax.Array, features: int | None = None) 
         raise ValueError(f"length must be {x.shape[0]} integers, got {length.dtype} of shape {length.shape}")
 
 
-def loss(model: CloudFormer) -> Callable:
-    """The loss of `zoo.train` on batches of "x", "length" and "performance"; metrics "mae"."""
+def loss(model: Any) -> Callable:
+    """The loss of `zoo.train`, of a network with a config, on "x", "length", "performance"; metrics "mae"."""
 
     def loss_function(params, model_state, batch, rngs, train):
         inputs = {name: batch[name] for name in ("x", "length")}
@@ -397,7 +400,7 @@ class LSTMBaseline(nn.Module):
         """(B, T, F) and (B,) to "performance" and "logit" (B,)."""
         _check_series(x, length, self.config.features)
         x = jnp.where((jnp.arange(x.shape[1]) < length[:, None])[..., None], x, 0)
-        states = nn.RNN(nn.OptimizedLSTMCell(self.config.d_model), name="lstm")(x, seq_lengths=length)
+        states: Any = nn.RNN(nn.OptimizedLSTMCell(self.config.d_model), name="lstm")(x, seq_lengths=length)
         last = jnp.take_along_axis(states, (length - 1)[:, None, None], axis=1)[:, 0]
         logit = nn.Dense(1, name="head")(Dropout(self.config.dropout)(last, train))[:, 0]
         return {"performance": nn.sigmoid(logit), "logit": logit}
@@ -422,12 +425,12 @@ class Standardizer(NamedTuple):
 
 
 def predict_stream(
-    model: CloudFormer, variables: Mapping[str, Any], x: np.ndarray, window: int, *, at_once: int = 64
+    model: Any, variables: Mapping[str, Any], x: np.ndarray, window: int, *, at_once: int = 64
 ) -> np.ndarray:
     """A running machine's ratio after every second, from the last `window` seconds.
 
     Args:
-      model, variables: a trained network.
+      model, variables: a trained `CloudFormer`.
       x: (T, F), standardised.
       window: seconds that are read, fewer in the beginning.
       at_once: windows in one batch.
@@ -458,14 +461,14 @@ class Explanation(NamedTuple):
     occlusion: np.ndarray
 
 
-def explain(model: CloudFormer, variables: Mapping[str, Any], x: np.ndarray, length: np.ndarray) -> Explanation:
+def explain(model: Any, variables: Mapping[str, Any], x: np.ndarray, length: np.ndarray) -> Explanation:
     """Attention over seconds and over metrics, and how a ratio changes without a metric.
 
     Attention is rolled out through the layers (Abnar and Zuidema 2020): the product of (A + I) / 2, A averaged over
     heads, and its mean over the tokens that are averaged. Occluding sets a metric to its mean; the change is that of P.
 
     Args:
-      model, variables: a trained network.
+      model, variables: a trained `CloudFormer`.
       x: (B, T, F), standardised.
       length: int (B,).
     """

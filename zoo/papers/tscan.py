@@ -211,7 +211,7 @@ class ShortAttention(nn.Module):
                 (tokens @ projections[name][0] + projections[name][1]).reshape(*tokens.shape[:2], heads, head_dim)
                 for name, tokens in (("query", x), ("key", memory), ("value", memory))
             )
-        y = self._attend(query, key, value, head_dim**-0.5)
+        y: Any = self._attend(query, key, value, head_dim**-0.5)
         if fold:
             y = jnp.einsum("bnhw,hwv->bnv", y, values) + projections["out"][1]
         else:
@@ -222,14 +222,14 @@ class ShortAttention(nn.Module):
         return y, weights
 
     @nn.nowrap
-    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> Any:
         batch, length = query.shape[:2]
         patients = min(self.config.patients_per_tile, batch)
         if patients == 1:
             return attention(query, key, value, causal=self.causal, scale=scale)
         ids = jnp.repeat(jnp.arange(patients, dtype=jnp.int32), length)[None]
         query, key, value = (_tiles(array, patients) for array in (query, key, value))
-        y = attention(
+        y: Any = attention(
             query, key, value, causal=self.causal, scale=scale, query_segment_ids=ids, key_segment_ids=ids
         )  # fmt: skip
         return y.reshape(-1, length, *y.shape[2:])[:batch]
@@ -328,7 +328,8 @@ class TSCAN(nn.Module):
         config = self.config
         check_hours(x, config)
         x = x[..., : config.feature_dim]
-        outputs, maps = [], {}
+        outputs: list[jax.Array] = []
+        maps: dict[str, list[dict[str, jax.Array]]] = {}
         for stream in config.streams:
             tokens = x if stream == "time" else x.swapaxes(1, 2)
             axis = 1 if stream == "time" else 2
@@ -398,7 +399,7 @@ class GRUBaseline(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         """(B, hours, input_dim) to "logits" and "prob" (B, num_outputs); arguments and errors as of `TSCAN`."""
         check_hours(x, self.config)
-        states = nn.RNN(nn.GRUCell(self.config.embed_dim), name="gru")(x[..., : self.config.feature_dim])
+        states: Any = nn.RNN(nn.GRUCell(self.config.embed_dim), name="gru")(x[..., : self.config.feature_dim])
         logits = Head(self.config, name="head")(states[:, -1], train)
         return {"logits": logits, "prob": probabilities(logits, self.config)}
 
@@ -486,7 +487,7 @@ def weight_rules(config: TSCANConfig) -> list[Rule]:
     return rules
 
 
-_MIMIC4 = {"input_dim": 352, "feature_dim": 197}
+_MIMIC4: dict[str, Any] = {"input_dim": 352, "feature_dim": 197}
 register(
     PAPER,
     Variant("tscan_tandf", TSCANConfig(), 1_336_249),
@@ -579,7 +580,7 @@ def clinical_metrics(task: Task, y: np.ndarray, p: np.ndarray) -> dict[str, floa
         raise ValueError(f"labels {y.shape} and probabilities {p.shape} do not fit")
     if task == "ph":
         y = y.reshape(p.shape)
-        each = [_binary(metrics.roc_auc_score, y[:, column], p[:, column]) for column in range(y.shape[1])]
+        each = [_binary(metrics.roc_auc_score, y[:, column], p[:, column]) for column in range(p.shape[-1])]
         return {"auroc_macro": float(np.mean(each)), "auroc_micro": _binary(metrics.roc_auc_score, y, p)}
     return {
         "auroc": _binary(metrics.roc_auc_score, y, p),
