@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,32 +26,41 @@ def fit_generated(
     steps: int,
     learning_rate: float,
     seed: int,
+    inputs: Sequence[str] = ("tokens",),
+    weight_decay: float = 0.1,
     variables: Any = None,
 ) -> Any:
-    """Trains with AdamW (weight decay 0.1, gradients clipped at 1, a tenth of warm-up, then a cosine) on one device.
+    """Trains with AdamW (gradients clipped at 1, a tenth of warm-up, then a cosine) on one device.
 
     Args:
-      model: takes the batch's "tokens".
+      model: takes the batch's `inputs`.
       loss: see `LossFunction`.
       batch: the batch of each step, a function of its number.
       run: from `open_run`.
       steps: updates.
       learning_rate: at its highest.
       seed: of the initial parameters.
+      inputs: entries of a batch that the model is called with.
+      weight_decay: of AdamW.
       variables: to start from, in place of the model's own; its "params" are trained.
 
     Returns:
       The trained variables.
     """
     config = OptimizerConfig(
-        learning_rate=learning_rate, weight_decay=0.1, schedule="cosine", clip_norm=1.0, warmup_steps=steps // 10
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        schedule="cosine",
+        clip_norm=1.0,
+        warmup_steps=steps // 10,
     )
     optimizer = build_optimizer(config, steps)
     mesh = make_mesh(MeshConfig(data=1))
-    example = batch(0)["tokens"][:1]
+    example = batch(0)
+    first = [example[name][:1] for name in inputs]
 
     def initial(rng: jax.Array) -> Any:
-        return model.init(rng, example) if variables is None else variables
+        return model.init(rng, *first) if variables is None else variables
 
     state = init_sharded(initial, optimizer, jax.random.key(seed), mesh)
     step = make_train_step(loss, optimizer, state)
