@@ -54,8 +54,8 @@ def contextual_attention(
       implementation: "reference", "chunked", "tpu", "gpu", or None for the platform compiled for.
 
     Returns:
-      pooled (batch, heads, width) in the tokens' dtype, and the weights, float32 (batch, time, heads). Where no token is
-      valid both are zero.
+      pooled (batch, heads, width) in the tokens' dtype, and the weights, float32 (batch, time, heads). Both are zero
+      where no token is valid.
 
     Raises:
       ValueError, TypeError: an argument's shape, dtype or range is wrong.

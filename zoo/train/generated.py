@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,17 +26,19 @@ def fit_generated(
     steps: int,
     learning_rate: float,
     seed: int,
+    inputs: Sequence[str] = ("tokens",),
 ) -> Any:
     """Trains with AdamW (weight decay 0.1, gradients clipped at 1, a tenth of warm-up, then a cosine) on one device.
 
     Args:
-      model: takes the batch's "tokens".
+      model: takes the batch's `inputs`.
       loss: see `LossFunction`.
       batch: the batch of each step, a function of its number.
       run: from `open_run`.
       steps: updates.
       learning_rate: at its highest.
       seed: of the initial parameters.
+      inputs: names of the batch's arrays that the model takes, in its order.
 
     Returns:
       The trained variables.
@@ -46,8 +48,9 @@ def fit_generated(
     )
     optimizer = build_optimizer(config, steps)
     mesh = make_mesh(MeshConfig(data=1))
-    example = batch(0)["tokens"][:1]
-    state = init_sharded(lambda rng: model.init(rng, example), optimizer, jax.random.key(seed), mesh)
+    first = batch(0)
+    example = [first[name][:1] for name in inputs]
+    state = init_sharded(lambda rng: model.init(rng, *example), optimizer, jax.random.key(seed), mesh)
     step = make_train_step(loss, optimizer, state)
     data = grain.MapDataset.range(steps + 1).map(batch)
     options = FitConfig(steps=steps, log_every=max(steps // 20, 1))

@@ -5,9 +5,9 @@ Matteo Manica, Ali Oskooei, Jannis Born et al., Molecular Pharmaceutics 16 (12),
 github.com/drugilsberg/paccmann (the paper's, TensorFlow) and github.com/PaccMann/paccmann_predictor (PyTorch), both
 MIT.
 
-A compound's SMILES string goes through an embedding and convolutions of three widths; heads of additive attention, whose
-query is the cell line's gene expression (gated by an attention over genes), pool each of the four streams. What the
-heads look at, atoms and genes, is read as an explanation.
+A compound's SMILES string goes through an embedding and convolutions of three widths; heads of additive attention,
+whose query is the cell line's gene expression (gated by an attention over genes), pool each of the four streams. What
+the heads look at, atoms and genes, is read as an explanation.
 
 What the published code does and is therefore done here:
 - padding tokens are embedded, convolved and attended to like all others (`mask_padding` says otherwise);

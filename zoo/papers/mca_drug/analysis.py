@@ -69,9 +69,7 @@ def _pairs(model: MCA, variables: Any, smiles: jax.Array, streams: Any, genes: A
     return jax.lax.map(cells, genes)
 
 
-def predict_matrix(
-    model: MCA, variables: Any, smiles: jax.Array, gep: jax.Array, *, block: int = 64
-) -> np.ndarray:
+def predict_matrix(model: MCA, variables: Any, smiles: jax.Array, gep: jax.Array, *, block: int = 64) -> np.ndarray:
     """All pairs of compounds and cell lines, equal to `model` on each: compounds and cells are encoded once.
 
     Args:

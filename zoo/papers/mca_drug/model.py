@@ -132,9 +132,7 @@ def linear(
     features: int, inputs: int, axes: tuple[str | None, str | None], name: str | None = None, **options: Any
 ) -> nn.Dense:
     """A linear layer with PyTorch's initial values."""
-    return dense(
-        features, axes, kernel_init=torch_kernel_init, bias_init=torch_bias_init(inputs), name=name, **options
-    )
+    return dense(features, axes, kernel_init=torch_kernel_init, bias_init=torch_bias_init(inputs), name=name, **options)
 
 
 class Convolution(nn.Module):
@@ -249,9 +247,7 @@ class ContextHeads(nn.Module):
         if self.positions is not None:
             length = self.context_length
             assert length is not None
-            self.along = parameter(
-                "along", length, ("embed", None, "heads"), length, self.positions, self.heads
-            )
+            self.along = parameter("along", length, ("embed", None, "heads"), length, self.positions, self.heads)
             self.along_bias = parameter("along_bias", length, (None, "heads"), self.positions, self.heads)
 
     def context(self, context: jax.Array) -> jax.Array:
@@ -406,7 +402,9 @@ class MCA(nn.Module):
         """
         check_inputs(self.config, smiles, gep)
         noisy = train if noisy is None else noisy
-        return self.combine(smiles, self.encode_smiles(smiles, train, noisy), self.encode_genes(gep, noisy), train, noisy)
+        return self.combine(
+            smiles, self.encode_smiles(smiles, train, noisy), self.encode_genes(gep, noisy), train, noisy
+        )
 
 
 class MCATF(MCA):
