@@ -40,7 +40,7 @@ def fit_generated(
       steps: updates.
       learning_rate: at its highest.
       seed: of the initial parameters.
-      inputs: entries of a batch that the model is called with.
+      inputs: names of the batch's arrays that the model takes, in its order.
       weight_decay: of AdamW.
       variables: to start from, in place of the model's own; its "params" are trained.
 

@@ -1,0 +1,135 @@
+"""Prompts of the eight tasks as text, and answers read from text.
+
+`Task<argument> [answer]`: the paper's README shows a few of the names, the others are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+      name: the prompt's first word.
+      classes: letters of an answer (or argument) that counts or lists structure, in the order of its numbers.
+      inverse: whether the answer is the sequence.
+    """
+
+    name: str
+    classes: str = ""
+    inverse: bool = False
+
+
+# Sequencing; content and structure of each residue by 8 classes (DSSP) and by 3; a measured property; and the inverse.
+TASKS: dict[str, Task] = {
+    "sequence": Task("Sequence"),
+    "content8": Task("CalculateSSContent", "HBEGITS~"),
+    "content3": Task("CalculateSSContent3", "HEC"),
+    "residues8": Task("CalculateSS", "HBEGITS~"),
+    "residues3": Task("CalculateSS3", "HEC"),
+    "property": Task("CalculateProperty"),
+    "from_content": Task("GenerateSSContent3", "HEC", inverse=True),
+    "from_property": Task("GenerateProperty", inverse=True),
+}
+TASK_END = ord(">")
+ANSWER_END = ord("]")
+
+
+def encode(text: str) -> list[int]:
+    """Bytes. Raises ValueError for characters beyond ASCII."""
+    if not text.isascii():
+        raise ValueError(f"prompts are ASCII, got {text!r}")
+    return list(text.encode())
+
+
+def decode(tokens: Sequence[int]) -> str:
+    """Text of bytes up to the first padding (0)."""
+    values = [int(token) for token in tokens]
+    end = values.index(0) if 0 in values else len(values)
+    return bytes(values[:end]).decode("latin-1")
+
+
+def numbers(values: Sequence[float]) -> str:
+    """As text with two digits: 0.48,0.00,0.52."""
+    return ",".join(f"{value:.2f}" for value in values)
+
+
+def content(structure: str, classes: str = "HEC") -> np.ndarray:
+    """Shares of the classes in a structure, float64 (classes,). Raises ValueError for an unknown letter."""
+    if not structure or set(structure) - set(classes):
+        raise ValueError(f"a structure is made of {classes}, got {structure!r}")
+    return np.array([structure.count(letter) for letter in classes]) / len(structure)
+
+
+def prompt(task: str, argument: str) -> str:
+    """The question: `Name<argument>`. Raises ValueError for an unknown task."""
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    return f"{TASKS[task].name}<{argument}>"
+
+
+def example(task: str, sequence: str, *, structure: str = "", value: float | None = None) -> str:
+    """Question and answer for a chain.
+
+    Args:
+      task: one of `TASKS`.
+      sequence: residues.
+      structure: a letter a residue, where the task is about it.
+      value: the property, where the task is about it.
+
+    Raises:
+      ValueError: an unknown task, or what it is about is missing.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    kind = TASKS[task]
+    if kind.classes and len(structure) != len(sequence):
+        raise ValueError(f"{task} needs a structure of {len(sequence)} letters, got {len(structure)}")
+    if task.endswith("property") and value is None:
+        raise ValueError(f"{task} needs a value")
+    if task == "sequence":
+        return f"{prompt(task, sequence)} []"
+    if task.startswith("residues"):
+        told = structure
+    elif kind.classes:
+        told = numbers(content(structure, kind.classes))
+    else:
+        told = numbers([float(value if value is not None else 0)])
+    question, answer = (told, sequence) if kind.inverse else (sequence, told)
+    return f"{prompt(task, question)} [{answer}]"
+
+
+_ANSWER = re.compile(r"> \[([^\[\]]*)\]")
+
+
+def answer(text: str) -> str | None:
+    """What stands in the brackets behind a question, or None where there is no whole answer."""
+    match = _ANSWER.search(text)
+    return None if match is None else match[1]
+
+
+def parse_numbers(text: str, count: int) -> np.ndarray | None:
+    """The answer's numbers, or None where they are not `count` numbers."""
+    found = answer(text)
+    if found is None:
+        return None
+    try:
+        values = np.array([float(part) for part in found.split(",")])
+    except ValueError:
+        return None
+    return values if len(values) == count and np.isfinite(values).all() else None
+
+
+def parse_sequence(text: str) -> str | None:
+    """The answer where it is residues, at least one, else None."""
+    found = answer(text)
+    return found if found and not set(found) - set(RESIDUES) else None
