@@ -132,7 +132,7 @@ class GenerationMetrics(NamedTuple):
 
 
 def generation_metrics(generated: Sequence[str], training: Iterable[str]) -> GenerationMetrics:
-    """Validity, uniqueness, novelty and internal diversity (Brown et al. 2019, GuacaMol; Polykovskiy et al. 2020, MOSES).
+    """Validity, uniqueness, novelty and diversity (Brown et al. 2019, GuacaMol; Polykovskiy et al. 2020, MOSES).
 
     Args:
       generated: SMILES strings, some of them perhaps no molecules.
