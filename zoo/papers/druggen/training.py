@@ -5,6 +5,7 @@ WGAN-GP (Gulrajani et al. 2017) between graphs: the critic sees the generator's 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 
 from zoo import train
+from zoo.data.molecular_graphs import Graph, MoleculeCodec
 from zoo.papers.druggen.model import DrugGENCritic, DrugGENGenerator
 from zoo.train.state import TrainState
 
@@ -163,20 +165,44 @@ def make_gan_step(
     return step
 
 
-def cyclic_pairs(
-    inputs: Graphs, real: Graphs, batch_size: int, seed: int
-) -> grain.MapDataset:
-    """Batches of `make_gan_step` without end: molecules in a new order an epoch, and targets that start again sooner.
+def cyclic_pairs(codec: MoleculeCodec, inputs: Graph, real: Graph, batch_size: int, seed: int) -> grain.MapDataset:
+    """Batches of `make_gan_step` without end; each set has its own order an epoch, and starts again when it is through.
 
     Args:
-      inputs: molecules to edit, uint8 classes: nodes (M, N), edges (M, N, N).
-      real: molecules to be like, likewise.
-      batch_size: of both; where there are fewer targets they repeat within a batch.
+      codec: of both.
+      inputs: molecules to edit, stacked.
+      real: molecules to be like, stacked; usually far fewer, and perhaps fewer than a batch.
+      batch_size: of both.
       seed: of both orders.
 
     Raises:
-      ValueError: there are fewer molecules than a batch, or no target.
+      ValueError: the batch is empty.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+    @functools.lru_cache(maxsize=8)
+    def order(which: int, count: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, which, epoch]).permutation(count)
+
+    def take(graphs: Graph, which: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        count = len(graphs.atoms)
+        places = [divmod(step * batch_size + index, count) for index in range(batch_size)]
+        chosen = np.array([order(which, count, epoch)[place] for epoch, place in places])
+        return codec.one_hot(Graph(*(array[chosen] for array in graphs)))
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        nodes, edges = take(inputs, 0, step)
+        real_nodes, real_edges = take(real, 1, step)
+        return {"nodes": nodes, "edges": edges, "real_nodes": real_nodes, "real_edges": real_edges}
+
+    return grain.MapDataset.range(2**31).map(batch)
+
+
+@functools.lru_cache(maxsize=8)
+def _step_of(generator: DrugGENGenerator, critic: DrugGENCritic, learning_rate: float, penalty: float) -> Any:
+    """One program for all seeds and data sets of the same networks."""
+    return make_gan_step(generator, critic, build_optimizer(learning_rate), penalty)
 
 
 def fit_gan(
@@ -212,7 +238,7 @@ def fit_gan(
         return {"params": {name: variables["params"] for name, variables in made.items()}}
 
     state = train.init_sharded(init, optimizer, jax.random.key(seed), mesh)
-    step = make_gan_step(generator, critic, optimizer, penalty)
+    step = _step_of(generator, critic, learning_rate, penalty)
     last: dict[str, float] = {}
 
     def watched(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -223,3 +249,42 @@ def fit_gan(
     options = train.FitConfig(steps=steps, log_every=max(steps // 20, 1))
     result = train.fit(watched, state, data, options, run, mesh=mesh)
     return nn.meta.unbox(result.state.params), {name: float(value) for name, value in last.items()}
+
+
+def generate(
+    generator: DrugGENGenerator, params: Any, codec: MoleculeCodec, inputs: Graph, batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """The generator's logits of stacked molecules: nodes (M, N, node_types), edges (M, N, N, edge_types).
+
+    `codec.decode` makes SMILES of them, and `codec.classes` graphs.
+
+    Args:
+      generator: a module of the codec's sizes.
+      params: its parameters.
+      codec, inputs: molecules to edit.
+      batch_size: graphs at once; the last batch is padded to it, so that one program serves all.
+    """
+    apply = jax.jit(lambda nodes, edges: generator.apply({"params": params}, nodes, edges))
+    count = len(inputs.atoms)
+    found = []
+    for start in range(0, count, batch_size):
+        chosen = np.minimum(np.arange(start, start + batch_size), count - 1)
+        found.append(jax.device_get(apply(*codec.one_hot(Graph(*(array[chosen] for array in inputs))))))
+    nodes, edges = (np.concatenate(arrays)[:count] for arrays in zip(*found, strict=True))
+    return nodes, edges
+
+
+def attention_of_pairs(
+    generator: DrugGENGenerator, params: Any, nodes: np.ndarray, edges: np.ndarray, block: int = 0
+) -> jax.Array:
+    """How much each vertex takes from each: softmax weights of a block, mean over channels, (B, N, N), for drawing.
+
+    Raises ValueError for a block that does not exist, or a generator whose scores are summed.
+    """
+    config = generator.config
+    if not 0 <= block < config.depth:
+        raise ValueError(f"block {block} does not exist: there are {config.depth}")
+    if config.scores == "summed":
+        raise ValueError("summed scores have no weights a channel")
+    _, seen = generator.apply({"params": params}, nodes, edges, mutable=["intermediates"])
+    return seen["intermediates"]["body"][f"block_{block}"]["attention"]["weights"][0]
