@@ -14,9 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-Negatives = NamedTuple("Negatives", [("sub", np.ndarray), ("changed", np.ndarray)])
 _POOL = 8  # candidates for a replacement
 _CHOSEN = 0.3  # chance of a slot to be replaced
+
+
+class Negatives(NamedTuple):
+    """False instances."""
+
+    sub: np.ndarray  # int32 (M, k)
+    changed: np.ndarray  # bool (M, k), slots that are other than the true instance's
 
 
 @dataclasses.dataclass(frozen=True)

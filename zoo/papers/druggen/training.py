@@ -136,15 +136,15 @@ def make_gan_step(
                 {"params": params}, nodes, edges, train=True, rngs={"dropout": rng}
             )
 
-        fake = generate(state.params["generator"], first)
+        fake, to_generator = jax.vjp(lambda params: generate(params, first), state.params["generator"])
         factors = interpolation_factors(mixing, len(real.nodes))
         (loss, parts), gradient = jax.value_and_grad(
             lambda params: critic_loss(judge(params, second), real, fake, factors, penalty), has_aux=True
         )(state.params["critic"])
         new = update(state, "critic", gradient)
-        other, other_gradient = jax.value_and_grad(
-            lambda params: generator_loss(judge(new.params["critic"], third), generate(params, first))
-        )(state.params["generator"])
+        new_critic = judge(new.params["critic"], third)
+        other, by_fake = jax.value_and_grad(lambda fake: generator_loss(new_critic, fake))(fake)
+        (other_gradient,) = to_generator(by_fake)
         new = update(new, "generator", other_gradient)
         metrics = {
             "loss": loss + other,
