@@ -70,7 +70,9 @@ def edge_attention(
     )
 
 
-def _check(query, key, value, edges, edge_kernel, edge_bias, out_kernel, out_bias) -> None:
+def _check(
+    query: Any, key: Any, value: Any, edges: Any, edge_kernel: Any, edge_bias: Any, out_kernel: Any, out_bias: Any
+) -> None:
     if query.ndim != 3 or 0 in query.shape:
         raise ValueError(f"query must be (batch, vertices, channels), none of them 0, got {query.shape}")
     batch, vertices, channels = query.shape

@@ -36,8 +36,10 @@ def edge_attention(
 
     @partial(jax.checkpoint, prevent_cse=False)  # a scan needs no barrier
     def graph(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | None]:
-        one = [x[None] for x in operands]
-        nodes, changed = reference.edge_attention(*one, edge_kernel, edge_bias, out_kernel, out_bias, scale=scale)
+        query, key, value, edges = (x[None] for x in operands)
+        nodes, changed = reference.edge_attention(
+            query, key, value, edges, edge_kernel, edge_bias, out_kernel, out_bias, scale=scale
+        )
         return nodes[0], None if changed is None else changed[0]
 
     return jax.lax.map(graph, (query, key, value, edges))

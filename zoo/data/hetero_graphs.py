@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,15 +129,16 @@ def enumerate_ontology(
     """
     if cap < 1:
         raise ValueError(f"cap must be at least 1, got {cap}")
-    random = np.random.default_rng(seed)
+    random: Any = np.random.default_rng(seed)
     neighbours: dict[tuple[int, int], list[np.ndarray]] = {}
     for parent, child, edge in schema.links:
         if edge not in graph.edges or {*graph.edges[edge][:2]} != {schema.slots[parent], schema.slots[child]}:
             raise ValueError(f"no edge {edge!r} joins {schema.slots[parent]!r} and {schema.slots[child]!r}")
         linked = graph.adjacency(edge, schema.slots[parent])
         missing = np.array([linked.shape[1] - 1])
-        neighbours[parent, child] = [found if len(found := np.flatnonzero(row)) else missing for row in linked]
+        neighbours[parent, child] = [near if len(near := np.flatnonzero(row)) else missing for row in linked]
     rows: list[np.ndarray] = []
+    found: Any
     for node in range(graph.count(schema.slots[0])) if nodes is None else nodes:
         if _instances(schema, neighbours, int(node)) <= cap:
             found = np.full((1, len(schema.slots)), node)
@@ -282,13 +283,14 @@ def codex_film(path: str | pathlib.Path, genres: int = 8) -> tuple[HeteroGraph, 
         table[tuple(pairs[edge].T)] = 1
         return table
 
+    film = [indicator(f"film_{kind}", "film", kind) for kind in ("location", "country")]
+    person = [indicator("person_occupation", "person", "occupation"),
+              indicator("person_citizenship", "person", "country")]  # fmt: skip
     features = {
-        "film": np.hstack([indicator("film_location", "film", "location"), indicator("film_country", "film", "country")]),
-        "person": np.hstack([
-            indicator("person_occupation", "person", "occupation"), indicator("person_citizenship", "person", "country"),
-        ]),
+        "film": np.hstack(film),
+        "person": np.hstack(person),
         "country": np.eye(counts["country"], dtype=np.float32),
-    }  # fmt: skip
+    }
     edges = {
         "cast": ("film", "person", pairs["film_cast_person"]),
         "director": ("film", "person", pairs["film_director_person"]),

@@ -89,7 +89,7 @@ class MoleculeCodec:
                 bonds[first, second] = bonds[second, first] = self.bond_types.index(int(bond.GetBondType()))
         except ValueError:
             return None
-        if not bonds.any(1)[: parsed.GetNumAtoms()].all():
+        if not bonds[: parsed.GetNumAtoms()].any(axis=1).all():
             return None
         features = np.zeros((self.vertices, ATOM_FEATURES if self.features else 0), np.float32)
         if self.features:
@@ -257,38 +257,39 @@ def molecule_metrics(
     different = sorted(set(valid))
     base = generation_metrics([text or "" for text in generated], training)
     if not valid:
-        return MoleculeMetrics(0.0, *[math.nan] * 16)
-    from rdkit.Chem import QED, Crippen, Descriptors, FilterCatalog, rdMolDescriptors
+        return MoleculeMetrics._make([0.0, *[math.nan] * 16])
+    from rdkit.Chem import QED, FilterCatalog, rdMolDescriptors
 
     catalog = FilterCatalog.FilterCatalogParams()
     catalog.AddCatalog(FilterCatalog.FilterCatalogParams.FilterCatalogs.PAINS)
     pains, pattern, score = FilterCatalog.FilterCatalog(catalog), chem.MolFromSmarts(motif), _synthetic_accessibility()
     if pattern is None:
         raise ValueError(f"motif {motif!r} is no SMARTS pattern")
+    weight = importlib.import_module("rdkit.Chem.Descriptors").MolWt
     rows = []
     for text in valid:
         one = molecule(text)
-        logp, polar = Crippen.MolLogP(one), rdMolDescriptors.CalcTPSA(one)
+        logp, polar = rdMolDescriptors.CalcCrippenDescriptors(one)[0], rdMolDescriptors.CalcTPSA(one)
         rows.append((
             one.HasSubstructMatch(pattern), QED.qed(one), score(one), logp,
-            Descriptors.MolWt(one) <= 500 and logp <= 5 and rdMolDescriptors.CalcNumLipinskiHBD(one) <= 5
+            weight(one) <= 500 and logp <= 5 and rdMolDescriptors.CalcNumLipinskiHBD(one) <= 5
             and rdMolDescriptors.CalcNumLipinskiHBA(one) <= 10,
             rdMolDescriptors.CalcNumRotatableBonds(one) <= 10 and polar <= 140, not pains.HasMatch(one),
         ))  # fmt: skip
     bits = morgan_fingerprints(valid, 1024)
 
     def new(known: Iterable[str]) -> float:
-        known = {canonical(text) for text in known}
-        return sum(text not in known for text in different) / len(different)
+        canonicals = {canonical(text) for text in known}
+        return sum(text not in canonicals for text in different) / len(different)
 
     def nearest(known: Sequence[str]) -> float:
         return float(tanimoto(bits, morgan_fingerprints(known, 1024)).max(1).mean())
 
-    return MoleculeMetrics(
+    means = [float(mean) for mean in np.mean(np.asarray(rows, float), axis=0)]
+    return MoleculeMetrics._make([
         base.validity, base.uniqueness, base.novelty, new(test), new(target), base.diversity, nearest(target),
-        nearest(training), *(float(mean) for mean in np.mean(np.asarray(rows, float), axis=0)),
-        _cosine(valid, target, _fragments), _cosine(valid, target, _scaffolds),
-    )  # fmt: skip
+        nearest(training), *means, _cosine(valid, target, _fragments), _cosine(valid, target, _scaffolds),
+    ])  # fmt: skip
 
 
 def _synthetic_accessibility() -> Any:

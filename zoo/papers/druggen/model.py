@@ -6,6 +6,7 @@ B batch, N vertices of the padded graphs, A atom types, K bond types (class 0 is
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,7 @@ from zoo.layers.dropout import Dropout
 from zoo.layers.norms import norm
 from zoo.layers.partitioning import dense, partitioned
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "leaky": partial(nn.leaky_relu, negative_slope=0.01),
     "tanh": jnp.tanh,

@@ -129,9 +129,10 @@ def make_gan_step(
 
         def generate(params: Any, rng: jax.Array) -> Graphs:
             rngs = {"dropout": rng}
-            return Graphs(*generator.apply({"params": params}, batch["nodes"], batch["edges"], train=True, rngs=rngs))
+            made: Any = generator.apply({"params": params}, batch["nodes"], batch["edges"], train=True, rngs=rngs)
+            return Graphs(*made)
 
-        def judge(params: Any, rng: jax.Array) -> Critic:
+        def judge(params: Any, rng: jax.Array) -> Any:
             return lambda nodes, edges: critic.apply(
                 {"params": params}, nodes, edges, train=True, rngs={"dropout": rng}
             )

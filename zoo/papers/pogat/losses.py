@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +63,14 @@ def pogat_loss(
       train: whether to drop.
       task: False leaves the task's loss out, to train without labels.
     """
-    config = model.config
+    config, apply, rngs = model.config, cast(Callable[..., Any], model.apply), dict(rngs)
     graph = batch["features"], batch["sub"], batch["relation"]
     if config.link_type is not None:
-        scores, slots = model.apply({"params": params}, *graph, batch["pairs"], train, rngs=rngs, method="score_links")
+        scores, slots = apply({"params": params}, *graph, batch["pairs"], train, rngs=rngs, method="score_links")
         supervised = _bce(scores, batch["linked"].astype(jnp.float32)).mean()
-        true = model.apply({"params": params}, slots, method="detect")
+        true = apply({"params": params}, slots, method="detect")
     else:
-        out = model.apply({"params": params}, *graph, train, rngs=rngs)
+        out = apply({"params": params}, *graph, train, rngs=rngs)
         chosen = batch["train_index"]
         supervised = task_loss(config, out.logits[chosen], batch["labels"][chosen])
         true = out.node_logits, out.graph_logits
@@ -78,8 +78,8 @@ def pogat_loss(
     if config.perturbed != "none":
         again = {name: jax.random.fold_in(key, 1) for name, key in rngs.items()}
         negative = graph[0], batch["neg"], graph[2]
-        slots, _ = model.apply({"params": params}, *negative, train, rngs=again, method="read")
-        node, whole = detection_losses(true, model.apply({"params": params}, slots, method="detect"), batch["changed"])
+        slots, _ = apply({"params": params}, *negative, train, rngs=again, method="read")
+        node, whole = detection_losses(true, apply({"params": params}, slots, method="detect"), batch["changed"])
     total = config.node_weight * node + config.graph_weight * whole + (supervised if task else 0)
     return Losses(total, supervised, node, whole)
 

@@ -149,13 +149,15 @@ def schema_attention(
     """
     count, slots = query.shape[:2]
 
-    def packed(pack: int, *arrays: jax.Array) -> jax.Array:
-        *parts, bias = arrays
+    def packed(pack: int, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
         missing = -count % pack
-        rows = [jnp.pad(x, ((0, missing), *((0, 0),) * 3)).reshape(-1, pack * slots, *x.shape[2:]) for x in parts]
+        rows = [
+            jnp.pad(x, ((0, missing), *((0, 0),) * 3)).reshape(-1, pack * slots, *x.shape[2:])
+            for x in (query, key, value)
+        ]
         same = np.eye(pack, dtype=bool).repeat(slots, 0).repeat(slots, 1)
         wide = jnp.where(same, jnp.tile(bias, (1, 1, pack, pack)), -jnp.inf)
-        out = attention(*rows, bias=wide, dropout_rate=dropout_rate, dropout_rng=dropout_rng)
+        out: Any = attention(*rows, bias=wide, dropout_rate=dropout_rate, dropout_rng=dropout_rng)
         return out.reshape(-1, *value.shape[1:])[:count]
 
     operands = (query, key, value, bias)
@@ -170,20 +172,12 @@ class _Part(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
-    @nn.nowrap
-    def linear(
-        self, width: int, name: str, axes: tuple[str | None, str | None] = ("embed", "mlp"), **options: Any
-    ) -> nn.Dense:
-        """A linear layer, Xavier-uniform."""
-        return dense(
-            width, axes, kernel_init=_XAVIER, dtype=self.dtype, param_dtype=self.param_dtype, name=name, **options
-        )
-
 
 class SubgraphLayer(_Part):
     """Attention along the schema's links, with a bias a relation and head, and a feed-forward network, post-norm."""
 
     def setup(self) -> None:
+        """Makes the parts."""
         width = self.config.features
         self.query, self.key, self.value = (
             dense(width, ("embed", "heads"), kernel_init=_XAVIER, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -242,10 +236,11 @@ class POGAT(_Part):
     share_projections: bool = True
 
     def setup(self) -> None:
+        """Makes the parts."""
         config = self.config
         width = config.features
         options: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        linear = partial(dense, kernel_init=_XAVIER, **options)
+        linear: Any = partial(dense, kernel_init=_XAVIER, **options)
         self.project = [linear(width, (None, "embed")) for _ in config.in_features]
         self.layers = [SubgraphLayer(config, **options) for _ in range(config.layers)]
         self.merge_hidden = linear(config.merge_features, ("embed", "mlp"))
@@ -255,7 +250,7 @@ class POGAT(_Part):
         self.classify = linear(config.classes, ("embed", None))
         self.drop = Dropout(config.dropout)
         if config.link_type is not None:
-            identity = partitioned(lambda rng, shape, dtype: jnp.eye(*shape, dtype=dtype), "embed", "mlp")
+            identity = partitioned(lambda rng, shape, dtype: jnp.eye(shape[0], dtype=dtype), "embed", "mlp")
             self.link = self.param("link", identity, (width, width), self.param_dtype)
 
     def __call__(
@@ -301,7 +296,7 @@ class POGAT(_Part):
         places = jnp.clip(sub, 0, np.array([x.shape[0] for x in nodes])[list(config.slot_types)] - 1)
         places = places + starts[list(config.slot_types)]
         x = table[places]
-        seen = []
+        seen: list[Any] = []
         for number, layer in enumerate(self.layers):
             if number == 0 and self.share_projections:
                 projected = tuple(y[places] for y in layer.project(table))
