@@ -1,9 +1,9 @@
 """Equations of fluids on periodic grids: solvers, exact solutions, random initial fields, and PDEBench's files.
 
 Three equations of PDEBench (Takamoto et al. 2022): advection, Burgers' equation, and the compressible Navier-Stokes
-equations on a plane. Finite volumes, second order: slopes limited after van Leer, upwind fluxes, the midpoint rule. Steps
-between two saved frames are fixed in number, so that a whole batch is one `lax.scan`. Fields lie at cells' centres
-((i + 1/2) length / n); B samples, T frames (the first is the initial field), n cells.
+equations on a plane. Finite volumes of second order: slopes limited after van Leer, upwind fluxes, the midpoint rule.
+Steps between two saved frames are fixed in number, so that a whole batch is one `lax.scan`. Fields lie at cells'
+centres ((i + 1/2) length / n); B samples, T frames (the first is the initial field), n cells.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def pdebench_initial_conditions(seed: int, count: int, span: float = 1.0) -> Wav
 
     Two of the modes 1 .. 4 are drawn, with replacement; one drawn c times has wavenumber 2 pi c k / span. Amplitudes
     are U(0, 1) and phases U(0, 2 pi) of all four: a mode that was not drawn has wavenumber 0, a constant, so that means
-    are not zero. With probability 0.1 the field's absolute value is taken; its sign is random; with probability 0.1 it is
-    cut out by a smooth window.
+    are not zero. With probability 0.1 the field's absolute value is taken; its sign is random; with probability 0.1 a
+    smooth window cuts it out.
 
     Args:
       seed: of the draw.
@@ -279,7 +279,7 @@ def burgers_cole_hopf(
 def _hllc(left: jax.Array, right: jax.Array, gamma: float) -> jax.Array:
     """Flux of (density, normal momentum, transverse momentum, energy) between two states (Toro, Spruce, Speares 1994).
 
-    States are (..., 4): density, normal and transverse velocity, pressure. Wave speeds min(u) - max(c), max(u) + max(c).
+    States are (..., 4): density, normal and transverse velocity, pressure. Waves run at min(u) - max(c), max(u) + max(c).
     """
 
     def parts(state: jax.Array) -> tuple:
@@ -315,7 +315,7 @@ def _exchange(fields: jax.Array, axis: int) -> jax.Array:
 
 def ns2d_substeps(initial: np.ndarray, interval: float, length: float = 1.0, cfl: float = 0.3, eta: float = 0.0,
                   zeta: float = 0.0, gamma: float = GAMMA) -> int:  # fmt: skip
-    """Steps in `interval` for fields like the initial ones (B, n, n, 4): sound crosses at most `cfl` of a cell in each."""
+    """Steps in `interval` for fields like the initial (B, n, n, 4): sound crosses at most `cfl` of a cell in each."""
     density, vx, vy, pressure = np.moveaxis(np.asarray(initial, np.float64), -1, 0)
     sound = np.sqrt(gamma * pressure / density)
     dx = length / initial.shape[1]
@@ -340,7 +340,7 @@ def solve_ns2d(
     """The compressible Navier-Stokes equations on a periodic square.
 
     Limited slopes of the primitive fields, HLLC fluxes along both directions at once, the midpoint rule; then a step of
-    viscosity along each direction, without the derivatives across it, as PDEBench simplifies it.
+    viscosity along both, without the derivatives across, as PDEBench simplifies it.
 
     Args:
       initial: (B, n, n, 4), density, velocities along x and y, pressure.
@@ -380,25 +380,26 @@ def solve_ns2d(
             total += (jnp.roll(flux, 1, axis) - flux) / dx
         return total
 
-    def viscous(q: jax.Array, axis: int) -> jax.Array:
-        w = primitive(q)
-        ahead = jnp.roll(w, -1, axis)
-        density = (w[..., 0] + ahead[..., 0]) / 2 / dx
-        zero = jnp.zeros_like(density)
-        stress, work = [], zero
-        for component in (1, 2):
-            strength = along if component == axis else shear
-            stress.append(strength * density * (ahead[..., component] - w[..., component]))
-            work += 0.5 * strength * density * (ahead[..., component] ** 2 - w[..., component] ** 2)
-        flux = jnp.stack([zero, *stress, work], -1)
-        return q + dt / viscous_substeps / dx * (flux - jnp.roll(flux, 1, axis))
+    def viscous(q: jax.Array) -> jax.Array:
+        w, total = primitive(q), 0.0
+        for axis in (1, 2):
+            ahead = jnp.roll(w, -1, axis)
+            density = (w[..., 0] + ahead[..., 0]) / 2 / dx
+            zero = jnp.zeros_like(density)
+            stress, work = [], zero
+            for component in (1, 2):
+                strength = along if component == axis else shear
+                stress.append(strength * density * (ahead[..., component] - w[..., component]))
+                work += 0.5 * strength * density * (ahead[..., component] ** 2 - w[..., component] ** 2)
+            flux = jnp.stack([zero, *stress, work], -1)
+            total += (flux - jnp.roll(flux, 1, axis)) / dx
+        return q + dt / viscous_substeps * total
 
     def step(w: jax.Array) -> jax.Array:
         q = conserved(w)
         q = q + dt * rate(primitive(q + dt / 2 * rate(w)))
         for _ in range(viscous_substeps):
-            for axis in (1, 2):
-                q = viscous(q, axis)
+            q = viscous(q)
         return primitive(q)
 
     return jnp.moveaxis(_march(step, initial, frames, substeps), 0, 1)
@@ -409,10 +410,10 @@ def ns2d_initial_conditions(
 ) -> np.ndarray:
     """Random fields on the unit square as PDEBench draws them: float32 (count, cells, cells, 4).
 
-    Each variable is a sum over wave vectors |i|, |j| <= 4, i j != 0, of |k|^(-1/2) sin(k x + phase). Velocities are scaled
-    to the mean speed mach sqrt(gamma T0); density and pressure are their means times 1 + delta field / mean|field|, with
-    delta U(0.01, 0.2), density U(0.1, 10), T0 U(0.1, 10), pressure density T0. A share `windowed` of the samples is that
-    only within a smooth square, and at rest outside it.
+    Each variable is a sum over wave vectors |i|, |j| <= 4, i j != 0, of |k|^(-1/2) sin(k x + phase). Velocities are
+    scaled to the mean speed mach sqrt(gamma T0); density and pressure are their means times 1 + delta field /
+    mean|field|, with delta U(0.01, 0.2), density U(0.1, 10), T0 U(0.1, 10), pressure density T0. A share `windowed` of
+    the samples is that only within a smooth square, and at rest outside it.
     """
     if mach <= 0:
         raise ValueError(f"mach must be positive, got {mach}")
@@ -505,7 +506,9 @@ def read_pdebench(
         else:
             names = [name for name in ("density", "pressure", "Vx", "Vy", "Vz") if name in file]
             if names[:3] != ["density", "pressure", "Vx"]:
-                raise ValueError(f"{path} holds neither tensor nor density, pressure, Vx: {', '.join(file) or 'nothing'}")
+                raise ValueError(
+                    f"{path} holds neither tensor nor density, pressure, Vx: {', '.join(file) or 'nothing'}"
+                )
         dims = file[names[0]].ndim - 2
         kept = (slice(samples), slice(None, None, time_stride), *(slice(None, None, space_stride),) * dims)
         solution = np.stack([file[name][kept] for name in names], -1).astype(np.float32)

@@ -39,7 +39,7 @@ def _half_inverse(points: int, modes: int) -> np.ndarray:
 
 
 def kept_rows(points: int, modes: int) -> np.ndarray:
-    """The first axis' modes of a layer on a plane: the low positive ones, and the negative ones, which win if they meet.
+    """The first axis' modes of a layer on a plane: low positive ones, and the negative ones, which win if they meet.
 
     With 2 modes > points both blocks claim rows; the second is written last in the published layers.
     """
@@ -110,8 +110,6 @@ def _mix(spectrum: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., B, 2, in) times (..., in, out, 2), complex: (..., B, 2, out)."""
     real, imaginary = kernel[..., 0], kernel[..., 1]
     # One real product of twice the width: [re, im] [[Wr, Wi], [-Wi, Wr]].
-    both = jnp.concatenate(
-        [jnp.concatenate([real, imaginary], -1), jnp.concatenate([-imaginary, real], -1)], axis=-2
-    )
+    both = jnp.concatenate([jnp.concatenate([real, imaginary], -1), jnp.concatenate([-imaginary, real], -1)], axis=-2)
     flat = spectrum.reshape(*spectrum.shape[:-2], -1)
     return (flat @ both).reshape(*spectrum.shape[:-1], kernel.shape[-2])

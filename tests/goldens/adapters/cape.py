@@ -108,7 +108,9 @@ def _training(model, variables, overrides: Mapping[str, Any], solution, paramete
 
     gradient, found = step(variables["params"])
     table = cape.rules(model.config)
-    published = names.to_published({"params": gradient}, [rule for rule in table if "batch_stats" not in str(rule.path)])
+    published = names.to_published(
+        {"params": gradient}, [rule for rule in table if "batch_stats" not in str(rule.path)]
+    )
     groups: dict[str, float] = {}
     for name, value in published.items():
         group = name if name.startswith("mix_emb") else name.rsplit(".", 1)[0]

@@ -182,7 +182,7 @@ def pino_residual(
     length: float = 1.0,
     as_published: bool = False,
 ) -> jax.Array:
-    """Mean square of the equation's residual: central differences in time, Fourier derivatives in space (Li et al. 2021).
+    """Mean square of the equation's residual (Li et al. 2021): differences in time, Fourier derivatives in space.
 
     Advection: u_t + beta u_x. Burgers: u_t + u u_x - (nu / pi) u_xx; the published baseline adds nu u_xx instead.
 
@@ -271,7 +271,14 @@ def _spectrum(error: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     return jnp.sqrt(jnp.einsum("txyc,xyk->ktc", power[:, :rows, :columns], bins)) / (grid[0] * grid[1])
 
 
-def loss(model: CAPEModel, *, intermediate_only: bool = False, penalty: float = 0.0, **options: Any) -> Callable:
+def loss(
+    model: CAPEModel,
+    *,
+    intermediate_only: bool = False,
+    penalty: float = 0.0,
+    residual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    **options: Any,
+) -> Callable:
     """A solver's loss, for `zoo.train`.
 
     The batch holds `solution` (B, T, *grid, C), `parameters` (B, P) and `border` (B,) int, see `rollout_loss`. Rngs:
@@ -281,6 +288,7 @@ def loss(model: CAPEModel, *, intermediate_only: bool = False, penalty: float = 
       model: the network.
       intermediate_only: the intermediate fields' losses alone, as in the warm-up, which moves the block only.
       penalty: weight of `gradient_penalty` at the first frame; 5.16e-4 in the published runs on a line.
+      residual: what is added for a roll-out (B, T, *grid, C) and its parameters: PINO's, weighed, say.
       **options: of `rollout_loss`.
     """
 
@@ -295,6 +303,8 @@ def loss(model: CAPEModel, *, intermediate_only: bool = False, penalty: float = 
             variables = {"params": params, **model_state}
             first = batch["solution"][:, 0]
             value = value + penalty * gradient_penalty(model, variables, first, batch["parameters"], draw_key)
+        if residual is not None:
+            value = value + residual(found.prediction, batch["parameters"])
         whole = relative_l2(found.prediction, batch["solution"])
         return value, (found.model_state, {"intermediate": found.intermediate, "relative_l2": whole})
 

@@ -153,6 +153,7 @@ class CAPEBlock(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
+        """The layers, which both parts of a call use."""
         config = self.config
         own: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         half, wide, size = config.widening // 2, config.widening, config.kernel_size
@@ -341,6 +342,7 @@ class CAPEModel(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
+        """The core, and the block where there is one."""
         own: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.core = (FNO if self.config.core == "fno" else UNet)(self.config, **own)
         if self.config.conditioning == "cape":
