@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import zoo
 from experiments import command_line
-from zoo import reports, timing, train
+from zoo import registry, reports, timing, train
 from zoo.data import pde
 from zoo.papers import cape
 
@@ -192,8 +192,8 @@ def burgers(config: Config, samples: int, seed: int) -> Trajectories:
             diffusion="spectral" if spectral else "explicit",
         )  # fmt: skip
         parts.append(np.asarray(fields).reshape(samples, frames, config.cells, 4).mean(-1))  # cells' averages
-    nu = np.repeat(np.asarray(config.viscosities, np.float32), samples)[:, None]
-    return Trajectories(np.concatenate(parts)[..., None], nu)
+    column = np.repeat(np.asarray(config.viscosities, np.float32), samples)[:, None]
+    return Trajectories(np.concatenate(parts)[..., None], column)
 
 
 def flow(config: Config, seed: int) -> Trajectories:
@@ -226,8 +226,8 @@ def solver(name: str, core: str, grid: tuple[int, ...], like: Trajectories) -> c
     """A registered solver on this grid, with as many modes as it has."""
     id = TWINS[name].format(core=core, dims=len(grid))
     most = min(side // 2 for side in grid)
-    defaults = zoo.create(id).config
-    return zoo.create(
+    defaults = registry.model(id).variant.config
+    model: Any = zoo.create(
         id,
         grid=grid,
         channels=like.solution.shape[-1],
@@ -235,6 +235,7 @@ def solver(name: str, core: str, grid: tuple[int, ...], like: Trajectories) -> c
         modes=tuple(min(modes, most) for modes in defaults.modes),
         block_modes=tuple(min(modes, most // 4) for modes in defaults.block_modes),
     )
+    return model
 
 
 def border_of(schedule: Schedule, epoch: int, epochs: int, warmup: int, frames: int) -> int:

@@ -19,6 +19,7 @@ def test_a_run_leaves_its_record(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_quickest_claims_run(tmp_path):
     config = dataclasses.replace(experiment.PRESETS["smoke"], claims=("cost",))
     (claim,) = experiment.run(config, tmp_path).claims

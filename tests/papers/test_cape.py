@@ -278,6 +278,7 @@ def test_checkpointing_changes_nothing_and_a_rollout_is_the_loss_s():
     np.testing.assert_allclose(cape.rollout(model, variables, solution[:, 0], p, 3), prediction, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_moves_running_statistics():
     config = dataclasses.replace(LINE, core="unet", grid=(16,), block_modes=(2,), width=2)
     model, variables, inputs = small(config)
@@ -290,6 +291,7 @@ def test_training_moves_running_statistics():
     assert jnp.abs(before - after).max() > 0
 
 
+@pytest.mark.slow
 def test_the_penalty_is_of_the_gradient_by_parameters():
     model, variables, inputs = small(LINE)
     key, u, p = jax.random.key(3), inputs["u"], inputs["parameters"]

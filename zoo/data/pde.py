@@ -210,7 +210,9 @@ def pdebench_initial_conditions(seed: int, count: int, span: float = 1.0) -> Wav
     return Waves(2 * np.pi * times * np.arange(1, 5) / span, amplitude, phase, absolute, sign, window)
 
 
-def advection_exact(u0: Callable[[np.ndarray], np.ndarray], beta: np.ndarray, x: np.ndarray, times: Sequence[float]):
+def advection_exact(
+    u0: Callable[[np.ndarray], np.ndarray] | Waves, beta: np.ndarray, x: np.ndarray, times: Sequence[float] | np.ndarray
+) -> np.ndarray:
     """u0(x - beta t) on the unit line.
 
     Args:
@@ -227,7 +229,7 @@ def advection_exact(u0: Callable[[np.ndarray], np.ndarray], beta: np.ndarray, x:
 
 
 def burgers_cole_hopf(
-    waves: Waves, nu: np.ndarray, x: np.ndarray, times: Sequence[float], points: int = 20_000
+    waves: Waves, nu: np.ndarray, x: np.ndarray, times: Sequence[float] | np.ndarray, points: int = 20_000
 ) -> np.ndarray:
     """Burgers' equation exactly, from plain sums of sines, by the transform of Cole and Hopf.
 
@@ -279,7 +281,7 @@ def burgers_cole_hopf(
 def _hllc(left: jax.Array, right: jax.Array, gamma: float) -> jax.Array:
     """Flux of (density, normal momentum, transverse momentum, energy) between two states (Toro, Spruce, Speares 1994).
 
-    States are (..., 4): density, normal and transverse velocity, pressure. Waves run at min(u) - max(c), max(u) + max(c).
+    States are (..., 4): density, normal and transverse velocity, pressure. Waves run at min u - max c, max u + max c.
     """
 
     def parts(state: jax.Array) -> tuple:
@@ -381,7 +383,7 @@ def solve_ns2d(
         return total
 
     def viscous(q: jax.Array) -> jax.Array:
-        w, total = primitive(q), 0.0
+        w, total = primitive(q), jnp.zeros_like(q)
         for axis in (1, 2):
             ahead = jnp.roll(w, -1, axis)
             density = (w[..., 0] + ahead[..., 0]) / 2 / dx

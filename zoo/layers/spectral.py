@@ -7,6 +7,7 @@ floats on an axis of their own, in the parameters too: optimizers, sharding and 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -86,24 +87,24 @@ class SpectralConv(nn.Module):
         names = (None,) * (len(shape) - 3) + (*self.axes, None)
         kernel = self.param("kernel", partitioned(init, *names), shape, self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        exact = {"precision": jax.lax.Precision.HIGHEST}
+        exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         last = self.modes[-1]
         half = jnp.asarray(_forward(points[-1], np.arange(last)), x.dtype)
         inverse = jnp.asarray(_half_inverse(points[-1], last), x.dtype)
         if len(points) == 1:
-            spectrum = jnp.einsum("bni,nkc->kbci", x, half, **exact)
+            spectrum = exact("bni,nkc->kbci", x, half)
             mixed = _mix(spectrum, kernel)
-            return jnp.einsum("kbco,kcn->bno", mixed, inverse, **exact)
+            return exact("kbco,kcn->bno", mixed, inverse)
         rows = kept_rows(points[0], self.modes[0])
         low = len(rows) - self.modes[0]
         kernel = jnp.concatenate([kernel[0, :low], kernel[1]])
         along = jnp.asarray(_complex_product(_forward(points[0], rows)), x.dtype)
         back = jnp.asarray(_complex_product(_forward(points[0], -rows).swapaxes(0, 1) / points[0]), x.dtype)
-        spectrum = jnp.einsum("bnmi,mlc->bnlci", x, half, **exact)
-        spectrum = jnp.einsum("bnlci,nckd->klbdi", spectrum, along, **exact)
+        spectrum = exact("bnmi,mlc->bnlci", x, half)
+        spectrum = exact("bnlci,nckd->klbdi", spectrum, along)
         mixed = _mix(spectrum, kernel)
-        mixed = jnp.einsum("klbco,kcnd->bnldo", mixed, back, **exact)
-        return jnp.einsum("bnldo,ldm->bnmo", mixed, inverse, **exact)
+        mixed = exact("klbco,kcnd->bnldo", mixed, back)
+        return exact("bnldo,ldm->bnmo", mixed, inverse)
 
 
 def _mix(spectrum: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -134,11 +134,11 @@ def rollout(model: CAPEModel, variables: Any, u0: jax.Array, parameters: jax.Arr
         raise ValueError(f"steps must be at least 1, got {steps}")
     condition = model.apply(variables, parameters, method="condition")
 
-    def step(u: jax.Array, _: None) -> tuple:
-        following = model.apply(variables, u, condition, method="step")[0]
+    def step(u: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        following: jax.Array = model.apply(variables, u, condition, method="step")[0]
         return following, following
 
-    fields = jax.lax.scan(step, u0, None, length=steps)[1]
+    _, fields = jax.lax.scan(step, u0, None, length=steps)
     return jnp.concatenate([u0[:, None], jnp.moveaxis(fields, 0, 1)], axis=1)
 
 
@@ -245,7 +245,7 @@ def pde_metrics(prediction: jax.Array, target: jax.Array) -> Scores:
     scale = jnp.sqrt(jnp.mean(jnp.square(target), space))
     conserved = jnp.sqrt(jnp.mean(jnp.square(jnp.sum(error, space)), 0)) / cells
     maximum = jnp.max(jnp.abs(error), (0, *space))
-    edges = 0.0
+    edges = jnp.zeros(())
     for axis in space:
         faces = jnp.square(jnp.take(error, 0, axis)) + jnp.square(jnp.take(error, -1, axis))
         edges += faces.sum(tuple(range(2, faces.ndim - 1)))

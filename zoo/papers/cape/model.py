@@ -169,9 +169,8 @@ class CAPEBlock(nn.Module):
         self.leave = _Conv(config.channels * config.embeddings, 1, axes=("embed", None), **own)
         places = (size,) * config.dims
         # A group's input is one channel, so a kernel's place counts one towards the fan in.
-        bound = size ** (-config.dims / 2)
         self.depthwise = self.param(
-            "depthwise", partitioned(lambda *a: jax.random.uniform(*a, -bound, bound), *(None,) * config.dims, "embed"),
+            "depthwise", partitioned(torch_bias_init(size**config.dims), *(None,) * config.dims, "embed"),
             (*places, wide), self.param_dtype,
         )  # fmt: skip
         ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
