@@ -35,7 +35,9 @@ def _sliced(overrides: Mapping[str, Any], inputs: dict[str, jax.Array], state: A
     x, y, p = inputs["x"], inputs["y"], overrides.get("p", 2)
     theta = vdsw.unit(inputs["theta"])
     costs = vdsw.sliced_costs(x, y, theta, p)
-    gradients = jax.jit(jax.grad(lambda *a: vdsw.sliced_wasserstein(*a, p).mean(), argnums=(0, 1, 2)))(x, y, theta)
+    gradients = jax.jit(
+        jax.grad(lambda x, y, theta: vdsw.sliced_wasserstein(x, y, theta, p).mean(), argnums=(0, 1, 2))
+    )(x, y, theta)
     outputs = {
         "sw_sum": costs.mean(1),
         "second_moment": jnp.square(costs).mean(1),
@@ -62,7 +64,7 @@ def _distribution(overrides: Mapping[str, Any], inputs: dict[str, jax.Array], st
     return outputs
 
 
-def _config(kind: str, overrides: Mapping[str, Any], x: jax.Array, **options: Any) -> vdsw.AmortizedConfig:
+def _config(kind: Any, overrides: Mapping[str, Any], x: jax.Array, **options: Any) -> vdsw.AmortizedConfig:
     return vdsw.AmortizedConfig(
         kind=kind,
         points=x.shape[1],
@@ -123,7 +125,9 @@ def _players(overrides: Mapping[str, Any], inputs: dict[str, jax.Array], state: 
 
 def _autoencoder(overrides: Mapping[str, Any], inputs: dict[str, jax.Array], state: Arrays) -> dict[str, Any]:
     points = state["decoder.fc3.weight"].shape[0] // 3
-    widths = tuple(value.shape[0] for name, value in state.items() if name.startswith("encoder.mlp") and value.ndim == 3)
+    widths = tuple(
+        value.shape[0] for name, value in state.items() if name.startswith("encoder.mlp") and value.ndim == 3
+    )
     options = {
         "points": points, "code": state["encoder.fc_mu.weight"].shape[0], "widths": widths,
         "hidden": state["decoder.fc1.weight"].shape[0],

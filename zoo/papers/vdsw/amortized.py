@@ -159,7 +159,7 @@ class AmortizedDirection(nn.Module):
         return x
 
 
-def directions(location: jax.Array, key: jax.Array, config: AmortizedConfig) -> jax.Array:
+def directions(location: Any, key: jax.Array, config: AmortizedConfig) -> jax.Array:
     """Unit vectors (B, L, d) around the locations (B, d), or these alone, (B, 1, d), where kappa is None."""
     if config.kappa is None:
         return location[:, None]
@@ -193,7 +193,7 @@ def amortized_loss(
       reduction, squared: as of `sliced_wasserstein`.
     """
     fixed = jax.lax.stop_gradient((x, y))
-    location = model.apply({"params": params}, *fixed)
+    location: Any = model.apply({"params": params}, *fixed)
     search = sliced_wasserstein(*fixed, directions(location, keys[0], model.config), 2, reduction, squared=squared)
     held = jax.lax.stop_gradient(location)
     cost = sliced_wasserstein(x, y, directions(held, keys[1], model.config), 2, reduction, squared=squared)

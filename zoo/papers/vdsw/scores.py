@@ -40,7 +40,9 @@ def emd_exact(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         raise ModuleNotFoundError("exact transport needs POT: pip install 'zoo[transport]'") from None
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     check_clouds(x, y)
-    return np.array([ot.emd2([], [], ot.dist(a, b, metric="euclidean"), numItermax=1_000_000) for a, b in zip(x, y, strict=True)])
+    return np.array(
+        [ot.emd2([], [], ot.dist(a, b, metric="euclidean"), numItermax=1_000_000) for a, b in zip(x, y, strict=True)]
+    )
 
 
 class GenerationScores(NamedTuple):

@@ -6,6 +6,7 @@ points of squared differences, m times the squared Wasserstein distance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -44,7 +45,7 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-30))
 
 
-def check_clouds(x: jax.Array, y: jax.Array) -> None:
+def check_clouds(x: jax.Array | np.ndarray, y: jax.Array | np.ndarray) -> None:
     """Raises ValueError unless both are (batch, points, d) of one batch size and dimension."""
     if x.ndim != 3 or y.ndim != 3 or x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2] or 0 in x.shape + y.shape:
         raise ValueError(f"clouds must be (batch, points, d) of the same batch and d, got {x.shape} and {y.shape}")
@@ -58,9 +59,7 @@ def _quantiles(m: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return left // n, left // m, np.diff(cuts) / (m * n)
 
 
-def sliced_costs(
-    x: jax.Array, y: jax.Array, theta: jax.Array, p: float = 2, reduction: Reduction = "sum"
-) -> jax.Array:
+def sliced_costs(x: jax.Array, y: jax.Array, theta: jax.Array, p: float = 2, reduction: Reduction = "sum") -> jax.Array:
     """C(theta) = sum_i |sort(X theta)_i - sort(Y theta)_i|^p, the cost along each direction.
 
     Clouds of unequal sizes are compared by their quantile functions. Gradients by x, y and theta.
@@ -116,7 +115,7 @@ def uniform_directions(key: jax.Array, batch: int, count: int, d: int, dtype: jn
 
 
 def _ascend(
-    objective, theta: jax.Array, keys: jax.Array | None, steps: int, lr: float, optimizer: AscentOptimizer
+    objective: Callable, theta: jax.Array, keys: jax.Array | None, steps: int, lr: float, optimizer: AscentOptimizer
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient ascent on the sphere: each step's unconstrained update is projected, the optimizer's state is not.
 
@@ -128,7 +127,7 @@ def _ascend(
         raise ValueError(f"optimizer must be 'adam' or 'sgd', got {optimizer!r}")
     rule = optax.adam(lr) if optimizer == "adam" else optax.sgd(lr)
 
-    def step(carry: tuple, key: jax.Array | None) -> tuple:
+    def step(carry: tuple, key: jax.Array | None) -> tuple[tuple, jax.Array]:
         theta, state = carry
 
         def loss(theta: jax.Array) -> tuple:
@@ -184,11 +183,11 @@ def max_sliced_wasserstein(
 
 
 def _start(x: jax.Array, key: jax.Array | None, start: jax.Array | None) -> jax.Array:
-    if (key is None) == (start is None):
+    if start is not None and key is None:
+        return unit(jax.lax.stop_gradient(start))
+    if key is None or start is not None:
         raise ValueError("give a key for random starts, or the starts")
-    if start is None:
-        return uniform_directions(key, x.shape[0], 1, x.shape[2], x.dtype)[:, 0]
-    return unit(jax.lax.stop_gradient(start))
+    return uniform_directions(key, x.shape[0], 1, x.shape[2], x.dtype)[:, 0]
 
 
 def v_dsw(

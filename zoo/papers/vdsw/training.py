@@ -73,7 +73,9 @@ def two_player_step(
       ValueError: fine-tuning without a concentration, or no step of the directions.
     """
     if direction_steps < 1 or fine_tuning < 0:
-        raise ValueError(f"direction_steps must be positive, fine_tuning not negative: {direction_steps}, {fine_tuning}")
+        raise ValueError(
+            f"direction_steps must be positive, fine_tuning not negative: {direction_steps}, {fine_tuning}"
+        )
     if fine_tuning and (direction is None or direction.config.kappa is None):
         raise ValueError("fine_tuning needs a network of directions with a concentration")
 
@@ -85,11 +87,12 @@ def two_player_step(
 
     def along(params: Any, x: jax.Array, y: jax.Array, key: jax.Array, held: bool) -> jax.Array:
         assert direction is not None
-        location = direction.apply({"params": params}, *jax.lax.stop_gradient((x, y)))
+        location: Any = direction.apply({"params": params}, *jax.lax.stop_gradient((x, y)))
         if not held:
             theta = directions(location, key, direction.config)
         elif fine_tuning:
             kappa = direction.config.kappa
+            assert kappa is not None
             return v_dsw(
                 x, y, key, kappa=kappa, directions=direction.config.directions, start=location, steps=fine_tuning,
                 lr=fine_tuning_rate, reduction=reduction,
@@ -111,6 +114,8 @@ def two_player_step(
             )
             return y, changed
 
+        y: jax.Array
+        changed: Any
         y, transpose, changed = jax.vjp(rebuilt, params["autoencoder"], has_aux=True)
         if direction is not None:
             held = jax.lax.stop_gradient(y)
@@ -126,7 +131,10 @@ def two_player_step(
                 return fallback(x, y, keys[-2]).mean()
             used = params["direction"]
             return jax.lax.cond(
-                amortized, lambda y: along(used, x, y, keys[-2], True).mean(), lambda y: fallback(x, y, keys[-2]).mean(), y
+                amortized,
+                lambda y: along(used, x, y, keys[-2], True).mean(),
+                lambda y: fallback(x, y, keys[-2]).mean(),
+                y,
             )
 
         value, d_y = jax.value_and_grad(descend)(y)
@@ -136,7 +144,8 @@ def two_player_step(
         healthy = state.healthy & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         old = (state.step, dict(state.params), state.model_state, dict(state.opt_state))
         new = jax.tree.map(partial(jnp.where, healthy), (state.step + 1, params, changed, opt_state), old)
-        return TrainState(*new, state.ema_params, state.rng, healthy), metrics
+        number, kept, model_state, kept_state = new
+        return TrainState(number, kept, model_state, kept_state, state.ema_params, state.rng, healthy), metrics
 
     return jax.jit(step, donate_argnums=0)
 
