@@ -33,6 +33,7 @@ from zoo.papers import vdsw
 ClaimName = Literal["reconstruction", "gap", "invariance", "transfer"]
 COSTS = ("sw", "max_sw", "dsw", "v_dsw", "asw", "chamfer")
 KINDS = get_args(vdsw.Kind)
+_TIMED = 20  # updates whose least duration gives that of an epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Config:
 PRESETS = {
     "cpu": Config(
         digits=400, solids=100, points=128, code=32, widths=(32, 64, 128), hidden=128, epochs=20, batch_size=25,
-        directions=20, learning_rate=2e-3, test_clouds=50, test_directions=200, test_points=128, pairs=40, passes=50,
+        directions=20, learning_rate=2e-3, test_clouds=50, test_directions=200, test_points=128,
     ),
     "smoke": Config(
         seeds=(0,), digits=20, solids=8, points=16, code=4, widths=(8, 8), hidden=8, epochs=1, batch_size=8,
@@ -138,7 +139,7 @@ def cost_of(name: str, config: Config) -> Callable[[jax.Array, jax.Array, jax.Ar
 
 
 class Trained(NamedTuple):
-    """An autoencoder, and how long an epoch took."""
+    """An autoencoder, and how long the updates of an epoch take, data and checkpoints apart."""
 
     variables: Any
     seconds: float
@@ -182,11 +183,16 @@ def fit(label: str, data: np.ndarray, config: Config, run: train.Run, seed: int,
     step: Any = vdsw.two_player_step(model, direction, optimizer, cost=cost, reduction="mean")
     compiled = step.lower(state, batch(0)).compile()
     source = grain.MapDataset.range(steps + 1).map(batch)
-    began = time.perf_counter()
     found = train.fit(compiled, state, source, train.FitConfig(steps=steps), run, mesh=mesh)
-    seconds = (time.perf_counter() - began) / config.epochs
-    state = nn.meta.unbox(found.state)
-    return Trained({"params": state.params["autoencoder"], **state.model_state}, seconds)
+    state, example_batch, durations = jax.tree.map(jnp.copy, found.state), batch(0), []
+    for _ in range(_TIMED):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, example_batch))
+        durations.append(time.perf_counter() - began)
+    # The least, as other work on the machine only adds to it.
+    seconds = per_epoch * min(durations)
+    variables = nn.meta.unbox(found.state)
+    return Trained({"params": variables.params["autoencoder"], **variables.model_state}, seconds)
 
 
 def scores(clouds: np.ndarray, rebuilt: np.ndarray, config: Config) -> dict[str, float]:
@@ -415,7 +421,7 @@ def invariance(config: Config) -> tuple[reports.Claim, Figure]:
         verdict="reproduced" if all(holds) else "partly reproduced" if any(holds) else "not reproduced",
         measured=measured,
         remark="Largest change of a coordinate of the prediction, of untrained networks; violation of d(a, c) <= "
-        "d(a, b) + d(b, c) over triples, 0 where it holds. The linear attention counts points and is not invariant to order.",
+        "d(a, b) + d(b, c) over triples, 0 where it holds. Linear attention counts points: it is not invariant.",
     )
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()

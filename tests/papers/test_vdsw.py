@@ -34,12 +34,16 @@ def test_gradients_are_those_of_differentiated_sorting():
         return jnp.square(xs - ys).sum(-1).mean()
 
     ours = jax.jit(jax.grad(lambda *a: vdsw.sliced_wasserstein(*a).mean(), argnums=(0, 1, 2)))(x, y, theta)
-    for mine, theirs in zip(ours, jax.grad(plain, argnums=(0, 1, 2))(x, y, theta), strict=True):
+    for mine, theirs in zip(ours, jax.jit(jax.grad(plain, argnums=(0, 1, 2)))(x, y, theta), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-4 * float(theirs.std()))
     uneven = lambda x: vdsw.sliced_wasserstein(x, z, theta, 2, "mean").mean()  # noqa: E731
-    direction = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
-    slope = (uneven(x + 1e-2 * direction) - uneven(x - 1e-2 * direction)) / 2e-2
-    np.testing.assert_allclose(jnp.vdot(jax.grad(uneven)(x), direction), slope, rtol=2e-3)
+
+    def repeated(x):  # 17 * 12 points on both sides
+        xs, zs = (jnp.sort(jnp.einsum("bmd,bld->blm", cloud, theta), -1) for cloud in (x, z))
+        return jnp.square(jnp.repeat(xs, 12, -1) - jnp.repeat(zs, 17, -1)).mean(-1).mean()
+
+    expected = jax.jit(jax.grad(repeated))(x)
+    np.testing.assert_allclose(jax.jit(jax.grad(uneven))(x), expected, atol=1e-4 * float(expected.std()))
 
 
 @pytest.mark.parametrize("sizes", [(20, 20), (20, 27), (7, 30)])
@@ -68,14 +72,22 @@ def test_the_distribution_s_constants_are_bessel_functions(d, kappa):
     log_c = order * np.log(kappa) - d / 2 * np.log(2 * np.pi) - log_bessel
     length = scipy.special.ive(d / 2, kappa) / scipy.special.ive(order, kappa)
     assert float(found.log_normalizer()) == pytest.approx(log_c, abs=2e-5 * max(kappa, 1))
-    assert float(found.mean_length()) == pytest.approx(length, rel=1e-5)
+    assert float(found.mean_length()) == pytest.approx(length, abs=1e-6)
     entropy = -log_c - kappa * length
     assert float(found.entropy()) == pytest.approx(entropy, abs=1e-3)
     area = np.log(2) + d / 2 * np.log(np.pi) - scipy.special.gammaln(d / 2)
     assert float(found.kl_uniform()) == pytest.approx(area - entropy, abs=1e-3)
 
 
-@pytest.mark.parametrize("d, kappa", [(2, 3.0), (3, 0.1), (3, 10.0), (3, 500.0), (4, 1.0), (8, 40.0)])
+@pytest.mark.parametrize(
+    "d, kappa",
+    [
+        (3, 0.1),
+        (3, 500.0),
+        (4, 1.0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 3.0), (3, 10.0), (8, 40.0))),
+    ],
+)
 def test_samples_have_the_distribution_s_moments(d, kappa):
     found = distribution(d, kappa)
     x = jax.jit(partial(vdsw.VonMisesFisher.sample, count=20_000))(found, jax.random.key(1))
@@ -90,13 +102,13 @@ def test_samples_have_the_distribution_s_moments(d, kappa):
 def test_samples_are_differentiable_in_their_location():
     u, v = jax.random.uniform(jax.random.key(0), (6, 1)), jax.random.normal(jax.random.key(1), (6, 2))
     target = jnp.array([0.3, -0.5, 0.2])
-    value = lambda loc: (vdsw.VonMisesFisher(loc, 5.0).from_noise(u, v) @ target).sum()  # noqa: E731
+    value = jax.jit(lambda loc: (vdsw.VonMisesFisher(loc, 5.0).from_noise(u, v) @ target).sum())
     loc, direction = vdsw.unit(jnp.array([0.2, 0.9, -0.4])), jnp.array([0.1, 0.3, -0.2])
     slope = (value(loc + 1e-2 * direction) - value(loc - 1e-2 * direction)) / 2e-2
     np.testing.assert_allclose(jax.grad(value)(loc) @ direction, slope, rtol=1e-2)
     first = jax.grad(value)(jnp.array([1.0, 0.0, 0.0]))  # where the reflection is none
     assert jnp.isfinite(first).all()
-    wood = lambda loc: vdsw.VonMisesFisher(loc, 5.0).sample(jax.random.key(0), 4).sum()  # noqa: E731
+    wood = jax.jit(lambda loc: vdsw.VonMisesFisher(loc, 5.0).sample(jax.random.key(0), 4).sum())
     assert jnp.isfinite(jax.grad(wood)(vdsw.unit(jnp.ones(5)))).all()
 
 
@@ -174,7 +186,7 @@ def test_no_matrix_of_points_by_points_is_made(kind):
 def test_players_move_their_own_parameters_only():
     model, variables, x, y = small("lin_attn", directions=6)
     keys = tuple(jax.random.split(jax.random.key(0)))
-    losses = partial(vdsw.amortized_loss, model)
+    losses = jax.jit(partial(vdsw.amortized_loss, model))
     by_params = jax.grad(lambda q: losses(q, x, y, keys).cloud)(variables["params"])
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(by_params))
     assert not jnp.any(jax.grad(lambda y: losses(variables["params"], x, y, keys).direction)(y))
