@@ -15,7 +15,8 @@ from zoo.layers.partitioning import partitioned
 class OffsetBias(nn.Module):
     """One number a head and distance (|dy|, |dx|) on a grid of pixels.
 
-    Parameter: `table`, (rows * columns, heads), zero at first; row |dy| * columns + |dx|.
+    Parameter: `table`, (rows * columns, heads), zero at first; row |dy| * columns + |dx|. Applied with `matrix` in its
+    place, (heads, N, N) as `gather_bias` makes it, nothing is gathered.
 
     Fields:
       heads: of the attention.
@@ -28,6 +29,8 @@ class OffsetBias(nn.Module):
 
     def setup(self) -> None:
         """The table."""
+        if self.has_variable("params", "matrix"):
+            return
         init = partitioned(nn.initializers.zeros_init(), None, "heads")
         self.table = self.param("table", init, (self.grid[0] * self.grid[1], self.heads), self.param_dtype)
 
@@ -37,13 +40,24 @@ class OffsetBias(nn.Module):
         On another grid than the table's, the image is taken to be the same one seen more finely or coarsely: distances
         are scaled by the ratio of the two, and the table is interpolated linearly between them.
         """
+        if self.has_variable("params", "matrix"):
+            if grid != self.grid:
+                raise ValueError(
+                    f"biases were gathered for a map of {self.grid}, got {grid}: use the original variables"
+                )
+            return self.get_variable("params", "matrix")
         table = self.table
         if grid != self.grid:
             table = table.reshape(*self.grid, self.heads)
             for axis, (new, old) in enumerate(zip(grid, self.grid, strict=True)):
                 table = jnp.moveaxis(jnp.tensordot(_between(new, old), table, (1, axis)), 0, axis)
             table = table.reshape(-1, self.heads)
-        return jnp.moveaxis(table[offset_index(grid)], -1, 0)
+        return gather_bias(table, grid)
+
+
+def gather_bias(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The bias (heads, N, N) of the N pixels of a grid, from a table (rows * columns, heads) that is made for it."""
+    return jnp.moveaxis(table[offset_index(grid)], -1, 0)
 
 
 def offset_index(grid: tuple[int, int]) -> np.ndarray:
