@@ -67,10 +67,13 @@ def test_dense_networks_have_the_published_sizes():
     assert found == [16.33, 31.50, 0.92]
 
 
+_SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "id, billions",
-    [("l1", 1.4), ("l2", 3.6), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("l3", 6.7), ("l4", 14.5)))],
-)
+    "id, billions", [("l1", 1.4), pytest.param("l2", 3.6, marks=_SLOW), pytest.param("l3", 6.7, marks=_SLOW),
+                     pytest.param("l4", 14.5, marks=_SLOW)],
+)  # fmt: skip
 def test_multiply_adds_are_the_published_ones(id, billions):
     model, inputs, shapes = shapes_of(f"fcaformer_{id}")
     # Shifted products of depthwise convolutions are not counted, nor is half a decimal.
@@ -139,11 +142,12 @@ def test_cross_tokens_are_of_the_stage_the_oldest_first_and_at_most_so_many():
     variables = random_variables(stage, x)
     block = fcaformer.FcaBlock(2, (5, 5), layer_scale=0.5)
     part = lambda i: {name: tree[f"block_{i}"] for name, tree in variables.items()}  # noqa: E731
-    y, first = block.apply(part(0), x)
-    y, second = block.clone(sources=1).apply(part(1), y, first)
-    y, last = block.clone(sources=1, emit=False).apply(part(2), y, second)  # the newest, not the first
+    y, first = jax.jit(block.apply)(part(0), x)
+    later = jax.jit(block.clone(sources=1).apply)
+    y, second = later(part(1), y, first)
+    y, last = jax.jit(block.clone(sources=1, emit=False).apply)(part(2), y, second)  # the newest, not the first
     assert last is None and second.shape == (1, 4, 16)
-    np.testing.assert_allclose(stage.apply(variables, x), y, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(stage.apply)(variables, x), y, atol=1e-5)
 
 
 def test_cross_tokens_are_taken_before_the_enhancement_which_has_no_skip():
@@ -152,8 +156,9 @@ def test_cross_tokens_are_taken_before_the_enhancement_which_has_no_skip():
     variables = random_variables(block, x)
     params = jax.tree.map(lambda leaf: leaf, variables["params"])
     params["enhance"]["conv"]["kernel"] *= 0
-    other, left = block.apply({**variables, "params": params}, x)
-    np.testing.assert_array_equal(left, block.apply(variables, x)[1])
+    apply = jax.jit(block.apply)
+    other, left = apply({**variables, "params": params}, x)
+    np.testing.assert_array_equal(left, apply(variables, x)[1])
     # What is left does not depend on x: all places are alike.
     np.testing.assert_allclose(other, jnp.broadcast_to(other[:, :1, :1], other.shape), atol=1e-6)
 
@@ -179,10 +184,11 @@ def test_one_window_is_the_whole_map():
     x = normal(1, 4, 4, 16)
     stage = fcaformer.FcaStage(2, 2, (4, 4), SMALL)
     variables = random_variables(stage, x)
-    np.testing.assert_allclose(stage.clone(window=4).apply(variables, x), stage.apply(variables, x), atol=1e-6)
+    windowed, whole = (jax.jit(network.apply)(variables, x) for network in (stage.clone(window=4), stage))
+    np.testing.assert_allclose(windowed, whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [SMALL, PLAIN], ids=["hybrid", "plain"])
+@pytest.mark.parametrize("config", [pytest.param(SMALL, marks=_SLOW), PLAIN], ids=["hybrid", "plain"])
 def test_folding_changes_nothing(config):
     kind = fcaformer.FcaFormer if config is SMALL else fcaformer.PlainFcaFormer
     model, images = kind(config), normal(2, *config.image_size, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -111,3 +111,32 @@ def fit_classifier(
         steps_per_epoch=steps,
         evaluate=measure,
     )
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    loss: Callable[[Any], LossFunction],
+    data: ImageData,
+    size: tuple[int, int],
+    config: ClassifierConfig,
+    seeds: Sequence[int],
+    open_run: Callable[[str], Run],
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Test accuracies in percent and test losses after the last epoch of networks trained alike, one a seed.
+
+    Args:
+      models: by name.
+      loss: model -> its loss.
+      data, size, config: as of `fit_classifier`.
+      seeds: of the trainings; all networks see the same batches.
+      open_run: name -> the folder of one training.
+    """
+    accuracies: dict[str, list[float]] = {name: [] for name in models}
+    losses: dict[str, list[float]] = {name: [] for name in models}
+    for seed in seeds:
+        for name, model in models.items():
+            run = open_run(f"{name.replace(' ', '_')}_seed{seed}")
+            measured = fit_classifier(model, loss(model), data, size, config, run, seed).evaluation
+            accuracies[name].append(round(100 * measured["test_accuracy"], 2))
+            losses[name].append(round(measured["test_loss"], 4))
+    return accuracies, losses
