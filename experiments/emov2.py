@@ -303,25 +303,15 @@ def fit_detector(
     """Trains from nothing; the model and its variables."""
     model = RetinaNet(config)
     steps = min(len(data) // options.batch_size, options.steps_per_epoch or len(data))
-    optimizer = train.build_optimizer(
-        train.OptimizerConfig(
-            learning_rate=options.learning_rate, schedule="cosine", warmup_steps=min(options.epochs * steps // 10, 50),
-            weight_decay=0.05, clip_norm=1.0,
-        ),
-        total_steps=options.epochs * steps,
+    optimizer = train.OptimizerConfig(
+        learning_rate=options.learning_rate, schedule="cosine", warmup_steps=min(options.epochs * steps // 10, 50),
+        weight_decay=0.05, clip_norm=1.0,
     )  # fmt: skip
-    mesh = train.make_mesh(train.MeshConfig(data=1))
-    images = np.zeros((1, *config.image_size, 3), np.float32)
-    state = train.init_sharded(lambda rng: model.init(rng, images), optimizer, jax.random.key(seed), mesh)
-    result = train.fit(
-        train.make_train_step(detection.loss(model), optimizer, state, ("dropout",)),
-        state,
-        detection_batches(data, options.batch_size, seed),
-        train.FitConfig(epochs=options.epochs, log_every=min(20, steps)),
-        run,
-        mesh=mesh,
+    result = train.fit_network(
+        model, detection.loss(model), {"images": np.zeros((1, *config.image_size, 3), np.float32)},
+        detection_batches(data, options.batch_size, seed), optimizer, run, seed, epochs=options.epochs,
         steps_per_epoch=steps,
-    )
+    )  # fmt: skip
     return model, result.state.evaluation_variables
 
 

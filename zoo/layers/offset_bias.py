@@ -71,27 +71,3 @@ def _between(new: int, old: int) -> np.ndarray:
     """float32 (new, old): weights that interpolate a function of distances 0 .. old - 1 at new places."""
     places = np.minimum(np.arange(new) * old / new, old - 1)
     return np.maximum(1 - np.abs(np.subtract.outer(places, np.arange(old))), 0).astype(np.float32)
-
-
-def resize_bicubic(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Cubic convolution along one axis (Keys 1981 with a = -0.75), as PyTorch's bicubic resize without antialiasing.
-
-    Args:
-      x: any array.
-      size: the axis' new length; samples lie in the middle of their cells (align_corners False), edges are repeated.
-      axis: which.
-    """
-    old = x.shape[axis]
-    if size == old:
-        return x
-    places = (np.arange(size) + 0.5) * old / size - 0.5
-    first = np.floor(places).astype(int)
-    fraction, a = places - first, -0.75
-    total = jnp.zeros((), x.dtype)
-    for tap in (-1, 0, 1, 2):
-        d = np.abs(fraction - tap)
-        weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
-        shape = [size if i == axis % x.ndim else 1 for i in range(x.ndim)]
-        part = jnp.take(x, np.clip(first + tap, 0, old - 1), axis=axis)
-        total += part * jnp.asarray(weight.reshape(shape), x.dtype)
-    return total

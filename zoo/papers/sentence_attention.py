@@ -203,8 +203,8 @@ class SentenceAttentionModel(nn.Module):
 
     Fields:
       config: see there.
-      pyramid: another backbone, (images, train) to maps from the finest to the coarsest; it gets images that
-        `init_norm` has normalised.
+      pyramid: another backbone, (images, train) to maps from the finest to the coarsest, a child of this name; it gets
+        images that `init_norm` has normalised.
       channels: of its maps.
     """
 
@@ -300,7 +300,7 @@ def _check_images(images: jax.Array, channels: int) -> None:
 
 
 def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of the same network with the decoder's and EfficientNet's batch norms folded into their convolutions."""
+    """Variables of the same network, for inference: batch norms of the backbone and the decoder are folded."""
     variables = dict(nn.meta.unbox(variables))
     parts = []
     for chosen, epsilon in ((("backbone",), efficientnet.EPSILON), (None, 1e-5)):
@@ -325,18 +325,18 @@ def grounding_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array | No
       labels: int (B, H, W), K for pixels that do not count.
       weights: of the classes, (K,); the mean is weighted. None: equal.
     """
-    counted, chosen, classes = _valid(logits, labels)
+    counted, classes = _valid(logits, labels)
     share = counted if weights is None else counted * jnp.asarray(weights)[classes]
     log = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), classes[..., None], axis=-1)[..., 0]
     return -jnp.sum(share * log) / jnp.maximum(jnp.sum(share), 1e-12)
 
 
-def _valid(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What counts as float, the labels, and labels that are classes everywhere."""
+def _valid(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which pixels count, as float, and labels that are classes everywhere."""
     if labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels must be {logits.shape[:-1]}, got {labels.shape}")
     counted = labels < logits.shape[-1]
-    return counted.astype(jnp.float32), labels, jnp.where(counted, labels, 0)
+    return counted.astype(jnp.float32), jnp.where(counted, labels, 0)
 
 
 def rmi_loss(logits: jax.Array, labels: jax.Array, alpha: float = 5e-4, side: int = 3) -> jax.Array:
@@ -357,7 +357,7 @@ def rmi_loss(logits: jax.Array, labels: jax.Array, alpha: float = 5e-4, side: in
     Returns:
       A scalar: log det(M) / (2 side^2), summed over classes, mean over images; and BCE; half of each.
     """
-    counted, labels, _ = _valid(logits, labels)
+    counted, _ = _valid(logits, labels)
     logits = logits.astype(jnp.float32)
     truth = jax.nn.one_hot(labels, logits.shape[-1])
     entropy = jnp.logaddexp(logits, 0) - truth * logits
@@ -418,7 +418,7 @@ def loss(
 
 def confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """How many pixels of each class (rows) were taken for each class (columns), image by image: float32 (B, K, K)."""
-    counted, _, classes = _valid(logits, labels)
+    counted, classes = _valid(logits, labels)
     size = logits.shape[-1]
     truth = jax.nn.one_hot(classes, size) * counted[..., None]
     return jnp.einsum("bhwi,bhwj->bij", truth, jax.nn.one_hot(jnp.argmax(logits, axis=-1), size))

@@ -26,6 +26,7 @@ from zoo.train.checkpoint import CheckpointError, Checkpoints
 from zoo.train.generated import fit_generated
 from zoo.train.loop import FitConfig, FitResult, NonFiniteError, evaluate, fit
 from zoo.train.metrics import MeanAccumulator
+from zoo.train.network import fit_network
 from zoo.train.optimizer import Optimizer, OptimizerConfig, build_optimizer, layerwise_decay, learning_rate_schedule
 from zoo.train.run import Run, open_run, write_json
 from zoo.train.sharding import (
@@ -61,6 +62,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_generated",
+    "fit_network",
     "init_sharded",
     "initialize_distributed",
     "layerwise_decay",
