@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -383,7 +384,8 @@ def directions(config: Config, trainer: Trainer) -> tuple[reports.Claim, Figure]
     weight = config.weights[-1]
     kinds: tuple[Objective, ...] = ("both", "forward", "backward")
     found = {kind: trainer.scores(kind, weight) for kind in kinds}
-    precise, pointing = ({kind: values[i] for kind, values in found.items()} for i in (0, 1))
+    precise: dict[str, list[float]] = {kind: values[0] for kind, values in found.items()}
+    pointing: dict[str, list[float]] = {kind: values[1] for kind, values in found.items()}
     means = {kind: (float(np.mean(precise[kind])), float(np.mean(pointing[kind]))) for kind in kinds}
     better = [means["both"][i] >= max(means["forward"][i], means["backward"][i]) for i in (0, 1)]
     claim = reports.Claim(
@@ -414,8 +416,7 @@ def cost(config: Config, trainer: Trainer) -> tuple[reports.Claim, Figure]:
     rng = np.random.default_rng(0)
     patches = jnp.asarray(rng.standard_normal((options.images, options.patches, options.width)), jnp.float32)
     labels = jnp.asarray(rng.standard_normal((options.labels, options.width)), jnp.float32)
-    y = np.zeros((options.images, options.labels), np.float32)
-    y[:, : min(3, options.most)] = 1
+    y = jnp.zeros((options.images, options.labels)).at[:, : min(3, options.most)].set(1)
     functions: dict[str, Callable[[Any, Any], Any]] = {
         "dense": lambda e, m: patchct.ct_loss(e, m, y, implementation="dense"),
         "streaming": lambda e, m: patchct.ct_loss(e, m, y),
@@ -424,8 +425,8 @@ def cost(config: Config, trainer: Trainer) -> tuple[reports.Claim, Figure]:
     }
     times = {}
     for name, function in functions.items():
-        gradient = jax.jit(jax.value_and_grad(function, (0, 1)))
-        seconds = timing.median_seconds(lambda gradient=gradient: gradient(patches, labels), options.repeats)
+        gradient = partial(jax.jit(jax.value_and_grad(function, (0, 1))), patches, labels)
+        seconds = timing.median_seconds(gradient, options.repeats)
         times[name] = round(1e3 * seconds, 3)
     fastest = min(value for name, value in times.items() if not name.startswith("Sinkhorn"))
     ratio = times["Sinkhorn, 20 iterations"] / fastest

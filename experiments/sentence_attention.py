@@ -16,6 +16,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import grain
@@ -122,11 +123,8 @@ def cells(config: Config) -> tuple[Questions, Questions]:
 
 def digits(config: Config, relational: bool = False) -> tuple[Questions, Questions]:
     """Likewise about canvases of digits."""
-    make = {"relational": relational, "size": config.canvas}
-    return (
-        digit_questions(config.canvases, _KNOWN, 0, **make),
-        digit_questions(config.canvases // 4, _HELD_OUT, 1, part="test", **make),
-    )
+    make: Any = partial(digit_questions, relational=relational, size=config.canvas)
+    return make(config.canvases, _KNOWN, 0), make(config.canvases // 4, _HELD_OUT, 1, part="test")
 
 
 def batches(questions: Questions, batch_size: int, seed: int | None) -> grain.MapDataset:
@@ -170,9 +168,10 @@ def fit(
 
 def measure(model: SentenceAttentionModel, variables: Any, questions: Questions, batch_size: int) -> dict[str, float]:
     """Evidence's intersection over union in percent: over the set, a mean over questions, and by kind ("kind 0")."""
+    apply: Callable[..., Any] = model.apply
     matrix = jax.jit(
-        lambda images, text, labels: sentence_attention.confusion(model.apply(variables, images, text), labels)
-    )
+        lambda images, text, labels: sentence_attention.confusion(apply(variables, images, text), labels)
+    )  # fmt: skip
     found, kinds = [], []
     for batch in batches(questions, batch_size, None):
         found.append(np.asarray(matrix(batch["images"], batch["text"], batch["labels"])))
@@ -298,7 +297,8 @@ def overlaps(weights: list[np.ndarray], most: int = 10) -> tuple[float, float]:
 
     Scales of fewer than twice as many channels are left out: there, any two choices overlap.
     """
-    within, between = [], []
+    within: list[float] = []
+    between: list[float] = []
     wide = [w for w in weights if w.shape[-1] >= 2 * most] or weights[-1:]
     for scale in wide:
         kinds, phrasings, _ = scale.shape

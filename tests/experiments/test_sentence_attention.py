@@ -11,6 +11,7 @@ from zoo.papers.sentence_attention import SentenceAttentionConfig
 SMOKE = sentence_attention.PRESETS["smoke"]
 
 
+@pytest.mark.slow  # a minute of compilation
 def test_a_run_leaves_its_record(tmp_path):
     sentence_attention.run(SMOKE, tmp_path / "run")
     result = reports.load_result(tmp_path / "run/result.json")

@@ -14,6 +14,7 @@ import zoo
 from tests.parameters import random_parameters
 from zoo import registry
 from zoo.backbones.efficientnet import EfficientNetConfig, pad_same
+from zoo.data.grounding import hashed_sentences
 from zoo.layers.convolution import convolve
 from zoo.papers import sentence_attention
 from zoo.papers.mobilevig import MobileViGConfig, MobileViGFeatures
@@ -127,6 +128,15 @@ def test_many_questions_are_as_many_calls(small):
         np.testing.assert_allclose(together[:, question], expected, atol=1e-4 * float(jnp.std(expected)))
     weights = model.apply(variables, text, method="channel_weights")
     assert [w.shape for w in weights] == [(2, c) for c in SMALL.backbone.widths]
+
+
+def test_questions_are_asked_in_words(small):
+    model, images, _, variables = small
+    ask = partial(sentence_attention.ground, model, encode=partial(hashed_sentences, features=12))
+    found = jax.eval_shape(lambda variables, images: ask(variables, images, ["where?", "what?"]), variables, images)
+    assert found.shape == (2, 33, 47)
+    with pytest.raises(ValueError, match="expected a question for each of 2 images, got 1"):
+        ask(variables, images, ["where?"])
 
 
 def test_folding_changes_nothing(small):

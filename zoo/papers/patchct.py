@@ -16,7 +16,7 @@ What the zoo decided where the paper is not known (fields of `PatchCTConfig`, or
 - `ct_layers`, the blocks whose tokens are aligned, the last; earlier ones go through the final norm and projection of
   their tower, too, and where the text tower has another number of blocks, the one as far up is taken;
 - `ln_post` and the projection of the image tower are applied to patches as to the class token;
-- logits are CLIP's: cosines times exp(logit_scale), which is learned, with an independent sigmoid each;
+- logits are CLIP's: cosines times exp(logit_scale), learned on (`learn_scale`), with an independent sigmoid each;
 - `positive_focus`, `negative_focus`, `shift` of the asymmetric loss are that loss' own defaults.
 
 B images, N patches, M labels, D width of the shared space.
@@ -83,6 +83,7 @@ class PatchCTConfig(CLIPConfig):
       ct_layers: blocks of the image tower, from 1, whose tokens are aligned; None is the last alone.
       tau: temperature of the navigators.
       learn_tau: whether it is a parameter, `log_tau`.
+      learn_scale: whether training changes `logit_scale`.
       transport_weight: of the sum of the transport costs in the loss.
       positive_focus, negative_focus, shift: of the asymmetric loss.
       resolution: height and width in pixels of example inputs.
@@ -93,6 +94,7 @@ class PatchCTConfig(CLIPConfig):
     ct_layers: tuple[int, ...] | None = None
     tau: float = 0.07
     learn_tau: bool = False
+    learn_scale: bool = True
     transport_weight: float = 1.0
     positive_focus: float = 1.0
     negative_focus: float = 4.0
@@ -274,8 +276,7 @@ def sinkhorn_transport(
     kernel, log_p = (cosine - 1) / epsilon, jnp.log(p)
 
     def update(scalings: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], None]:
-        _, g = scalings
-        f = log_p - jax.nn.logsumexp(kernel + g[:, None], axis=2)
+        f = log_p - jax.nn.logsumexp(kernel + scalings[1][:, None], axis=2)
         g = log_q - jax.nn.logsumexp(kernel + f[:, :, None], axis=1)
         return (f, g), None
 
@@ -329,7 +330,7 @@ class PatchCT(nn.Module):
         features, labels = self.features(images), self.label_vectors(tokens)
         # The last layer is always there, behind those that are aligned.
         logits = self.classify(features[-1][:, 0], labels[-1])
-        costs = None
+        costs: Any = None
         if y is not None:
             tau = self.temperature()
             costs = jnp.stack(
@@ -353,7 +354,8 @@ class PatchCT(nn.Module):
         """Logits (B, M) of class tokens (B, D) and labels' vectors (M, D)."""
         adapted = class_tokens + self.adaptive_1(nn.relu(self.adaptive_0(class_tokens)))
         cosine = _unit(adapted) @ _unit(labels).T
-        return jnp.exp(self.logit_scale.astype(jnp.float32)) * cosine
+        scale = self.logit_scale.astype(jnp.float32)
+        return jnp.exp(scale if self.config.learn_scale else jax.lax.stop_gradient(scale)) * cosine
 
     def temperature(self) -> Any:
         """tau of the navigators."""

@@ -49,6 +49,7 @@ __all__ = [
     "SentenceAttentionModel",
     "confusion",
     "fold",
+    "ground",
     "grounding_loss",
     "iou",
     "loss",
@@ -312,6 +313,24 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: {**parts[0].get(name, {}), **parts[1].get(name, {})} for name in ("params", "batch_stats")
     }  # fmt: skip
+
+
+def ground(
+    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, questions: Sequence[str],
+    encode: Callable[[Sequence[str]], Any],
+) -> jax.Array:  # fmt: skip
+    """The evidence of a question about each image, as probabilities (B, H, W) of the last class.
+
+    Args:
+      model, variables: a trained `SentenceAttentionModel`.
+      images: float (B, H, W, 3) of pixels from 0 to 255.
+      questions: B of them.
+      encode: sentences to vectors (B, E), the encoder that the model was trained with.
+    """
+    if len(questions) != len(images):
+        raise ValueError(f"expected a question for each of {len(images)} images, got {len(questions)}")
+    logits: Any = model.apply(variables, images, jnp.asarray(encode(questions)))
+    return nn.softmax(logits)[..., -1]
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
