@@ -125,10 +125,13 @@ def test_several_layers_are_aligned(small):
     last = jax.jit(PatchCT(SMALL).apply)(variables, **inputs, y=jnp.ones((2, 5)))
     assert found.costs.shape == (2, 2, 2) and config.aligned == ((1, 2), (1, 1))
     np.testing.assert_allclose(found.costs[:, 1], last.costs[:, 0], rtol=1e-4)
-    gradient = jax.grad(lambda params: model.apply({"params": params}, **inputs, y=jnp.ones((2, 5))).costs.sum())(
-        variables["params"]
-    )
-    assert gradient["log_tau"] != 0
+
+
+def test_the_temperature_can_be_learned():
+    patches, labels, y = SETS
+    slope = jax.jit(jax.grad(lambda tau: patchct.ct_loss(patches, labels, y, tau)))(0.3)
+    higher, lower = (float(patchct.ct_loss(patches, labels, y, 0.3 + step)) for step in (1e-2, -1e-2))
+    assert float(slope) == pytest.approx((higher - lower) / 2e-2, rel=1e-2)
 
 
 def test_texts_end_at_their_highest_token_and_see_no_later_one(small):
