@@ -28,15 +28,14 @@ from matplotlib.figure import Figure
 from experiments import command_line
 from zoo import reports, train
 from zoo.data.augmentation import Recipe, evaluation_batches
-from zoo.data.images import ImageData, handwritten_digits, sign_digits
-from zoo.data.tfds import array_record_source
+from zoo.data.images import ImageData, ImageSet, load_images
 from zoo.layers.conv_norm import ConvNorm, fold
 from zoo.layers.convolution import average_pool
 from zoo.layers.norms import norm
 from zoo.layers.partitioning import dense
 from zoo.papers.efficientformer import EfficientFormer, EfficientFormerConfig, Meta3D, Meta4D, loss, search
 from zoo.papers.efficientformer.model import Stem
-from zoo.train.classifier import ClassifierConfig, fit_classifier
+from zoo.train.classifier import ClassifierConfig, compare, fit_classifier
 
 Claim = Literal["training", "dimensions", "slimming", "attention"]
 LIGHT = Recipe(
@@ -93,7 +92,7 @@ class Config:
     """What to train, on what, and which claims to measure."""
 
     # sign_digits and imagenet2012 need data_dir; digits come inside scikit-learn.
-    data: Literal["sign_digits", "digits", "imagenet2012"] = "sign_digits"
+    data: ImageSet = "sign_digits"
     # The folder of sign_digits.npz, or the one below which TFDS prepared ImageNet.
     data_dir: pathlib.Path | None = None
     claims: tuple[Claim, ...] = ("dimensions", "slimming", "attention")
@@ -145,18 +144,6 @@ PRESETS = {
         teacher="regnety_160",
     ),
 }
-
-
-def load_data(config: Config) -> ImageData:
-    """The images of a config. Raises ValueError, FileNotFoundError or ModuleNotFoundError where they are not there."""
-    if config.data == "digits":
-        return handwritten_digits(config.model.image_size[0])
-    if config.data_dir is None:
-        raise ValueError(f"{config.data} is not part of the zoo: give --data-dir, the folder that holds it")
-    if config.data == "sign_digits":
-        return sign_digits(config.data_dir)
-    parts: Any = [array_record_source("imagenet2012", split, config.data_dir) for split in ("train", "validation")]
-    return ImageData("imagenet2012", 1000, *parts)
 
 
 def timm_teacher(name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -326,19 +313,12 @@ def slimming(config: Config, data: ImageData, open_run: Callable[[str], train.Ru
     found = steps[-1].network
     rival = uniform(model, table, steps[-1].seconds)
     configs = {"found": found.config(model), "uniform": rival.config(model)}
-    scores: dict[str, list[float]] = {name: [] for name in configs}
-    for seed in options.seeds:
-        for name, sizes in configs.items():
-            network = EfficientFormer(sizes)
-            run = open_run(f"{name}_seed{seed}")
-            trained = fit_classifier(network, loss(network), data, model.image_size, options.training, run, seed)
-            scores[name].append(round(accuracy_of(trained), 2))
+    networks = {name: EfficientFormer(sizes) for name, sizes in configs.items()}
+    scores, _ = compare(networks, loss, data, model.image_size, options.training, options.seeds, open_run)
     images = np.ones((1, *model.image_size, 3), np.float32)
     times = milliseconds({name: forward(EfficientFormer(sizes), images) for name, sizes in configs.items()}, 30)
-    difference = np.subtract(scores["found"], scores["uniform"])
-    error = float(np.std(difference, ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
-    mean = float(difference.mean())
-    if math.isnan(error):
+    mean, error = reports.paired_difference(scores["found"], scores["uniform"])
+    if math.isinf(error):
         verdict: reports.Verdict = "not tested"
     elif mean >= 0:
         verdict = "reproduced"
@@ -367,7 +347,7 @@ def slimming(config: Config, data: ImageData, open_run: Callable[[str], train.Ru
         measured=measured,
         baselines=baselines,
         seeds=options.seeds,
-        interval=f"found - uniform: {mean:.2f} points, standard error {error:.2f}" if not math.isnan(error) else "",
+        interval=f"found - uniform: {mean:.2f} points, standard error {error:.2f}" if math.isfinite(error) else "",
         remark=f"{data.name} at {model.image_size[0]} pixels, {options.training.epochs} epochs; actions are chosen on "
         "the test images, as accuracy drops are with a supernet, the networks compared are trained from scratch.",
     )
@@ -394,13 +374,9 @@ def attention_last(config: Config, data: ImageData, open_run: Callable[[str], tr
     options = config.attention
     last = options.model.depths[3]
     numbers = sorted({0, 1, last})
-    scores: dict[int, list[float]] = {number: [] for number in numbers}
-    for seed in options.seeds:
-        for number in numbers:
-            network = EfficientFormer(dataclasses.replace(options.model, vit_num=number))
-            run = open_run(f"vit{number}_seed{seed}")
-            result = fit_classifier(network, loss(network), data, options.model.image_size, options.training, run, seed)
-            scores[number].append(round(accuracy_of(result), 2))
+    models = {f"vit{number}": EfficientFormer(dataclasses.replace(options.model, vit_num=number)) for number in numbers}
+    found, _ = compare(models, loss, data, options.model.image_size, options.training, options.seeds, open_run)
+    scores = dict(zip(numbers, found.values(), strict=True))
     images = np.ones((1, *options.model.image_size, 3), np.float32)
     networks = {
         str(number): forward(EfficientFormer(dataclasses.replace(options.model, vit_num=number)), images)
@@ -481,7 +457,9 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
       FileExistsError: the folder holds a run, and neither resume nor force is given.
       ValueError, FileNotFoundError, ModuleNotFoundError: the data is not there.
     """
-    data = load_data(config)  # every complaint about the data comes before the first compilation
+    data = load_images(
+        config.data, config.data_dir, config.model.image_size[0]
+    )  # every complaint about the data comes before the first compilation
     folder = train.open_run(workdir, config, resume=resume, force=force)
 
     def open_run(name: str) -> train.Run:

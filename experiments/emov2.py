@@ -29,11 +29,10 @@ from experiments import command_line
 from zoo import reports, train
 from zoo.data.augmentation import Recipe, standardise
 from zoo.data.bccd import CLASSES, DetectionData, LabelledBoxes, bccd
-from zoo.data.images import ImageData, handwritten_digits, sign_digits
-from zoo.data.tfds import array_record_source
+from zoo.data.images import ImageData, ImageSet, folder_of, load_images
 from zoo.layers import boxes
 from zoo.papers.emov2 import DetectorConfig, EMOv2, EMOv2Config, RetinaNet, detection, loss, teacher_images
-from zoo.train.classifier import ClassifierConfig, fit_classifier
+from zoo.train.classifier import ClassifierConfig, compare, fit_classifier
 
 ClaimName = Literal["training", "patterns", "block", "detection"]
 LIGHT = Recipe(
@@ -81,7 +80,7 @@ class Config:
     """What to train, on what, and which claims to measure."""
 
     # sign_digits and imagenet2012 need data_dir; digits come inside scikit-learn.
-    data: Literal["sign_digits", "digits", "imagenet2012"] = "sign_digits"
+    data: ImageSet = "sign_digits"
     # A folder below which sign_digits.npz and bccd.npz lie, or where TFDS prepared ImageNet.
     data_dir: pathlib.Path | None = None
     claims: tuple[ClaimName, ...] = ("patterns", "block", "detection")
@@ -141,25 +140,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def load_images(config: Config) -> ImageData:
-    """The images of a config. Raises ValueError, FileNotFoundError or ModuleNotFoundError where they are not there."""
-    if config.data == "digits":
-        return handwritten_digits(config.model.image_size[0])
-    folder = _folder(config, config.data)
-    if config.data == "sign_digits":
-        return sign_digits(folder)
-    parts: Any = [array_record_source("imagenet2012", split, folder) for split in ("train", "validation")]
-    return ImageData("imagenet2012", 1000, *parts)
-
-
-def _folder(config: Config, name: str) -> pathlib.Path:
-    """Where a data set's file lies: in data_dir, or in a folder of the set's name below it."""
-    if config.data_dir is None:
-        raise ValueError(f"{name} is not part of the zoo: give --data-dir, the folder that holds it")
-    below = config.data_dir / name
-    return below if below.is_dir() and name != "imagenet2012" else config.data_dir
-
-
 def timm_teacher(name: str) -> Callable[[np.ndarray], np.ndarray]:
     """Logits of a pretrained model of timm, for images (B, height, width, 3) standardised as ours are."""
     try:
@@ -185,25 +165,12 @@ def accuracy_of(result: train.FitResult) -> float:
 OpenRun = Callable[[str], train.Run]
 
 
-def compare(
-    networks: dict[str, EMOv2Config], options: Comparison, data: ImageData, open_run: OpenRun, prefix: str
+def measure(
+    networks: dict[str, EMOv2Config], options: Comparison, data: ImageData, open_run: OpenRun
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Test accuracies in percent and test losses of networks, one a seed."""
-    accuracies: dict[str, list[float]] = {name: [] for name in networks}
-    losses: dict[str, list[float]] = {name: [] for name in networks}
-    for seed in options.seeds:
-        for name, config in networks.items():
-            network = EMOv2(config)
-            run = open_run(f"{prefix}_{name.replace(' ', '_')}_seed{seed}")
-            result = fit_classifier(network, loss(network), data, config.image_size, options.training, run, seed)
-            accuracies[name].append(round(accuracy_of(result), 2))
-            losses[name].append(round(result.evaluation["test_loss"], 4))
-    return accuracies, losses
-
-
-def standard_error(differences: np.ndarray) -> float:
-    """Of the mean of paired differences; NaN for a single one."""
-    return float(np.std(differences, ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else math.nan
+    models = {name: EMOv2(config) for name, config in networks.items()}
+    return compare(models, loss, data, options.model.image_size, options.training, options.seeds, open_run)
 
 
 PATTERNS: dict[str, Any] = {
@@ -217,11 +184,12 @@ PATTERNS: dict[str, Any] = {
 def patterns(options: Comparison, data: ImageData, open_run: OpenRun) -> tuple[reports.Claim, Figure]:
     """Spanning attention beside each of its halves, and no attention."""
     networks = {name: dataclasses.replace(options.model, operators=kind) for name, kind in PATTERNS.items()}
-    scores, _ = compare(networks, options, data, open_run, "patterns")
-    differences = {name: np.subtract(scores["spanning"], scores[name]) for name in PATTERNS if name != "spanning"}
-    errors = {name: standard_error(difference) for name, difference in differences.items()}
-    below = [differences[name].mean() < -errors[name] for name in ("remote", "close")]
-    above = all(difference.mean() >= 0 for difference in differences.values())
+    scores, _ = measure(networks, options, data, lambda name: open_run(f"patterns_{name}"))
+    differences = {
+        name: reports.paired_difference(scores["spanning"], scores[name]) for name in PATTERNS if name != "spanning"
+    }
+    below = [mean < -error for mean, error in (differences["remote"], differences["close"])]
+    above = all(mean >= 0 for mean, _ in differences.values())
     verdict: reports.Verdict = "reproduced" if above else "partly reproduced"
     if all(below):
         verdict = "not reproduced"
@@ -235,8 +203,8 @@ def patterns(options: Comparison, data: ImageData, open_run: OpenRun) -> tuple[r
         baselines={f"{name}, accuracy %": scores[name] for name in differences},
         seeds=options.seeds,
         interval="; ".join(
-            f"spanning - {name}: {difference.mean():.2f} points, standard error {errors[name]:.2f}"
-            for name, difference in differences.items() if not math.isnan(errors[name])
+            f"spanning - {name}: {mean:.2f} points, standard error {error:.2f}"
+            for name, (mean, error) in differences.items() if math.isfinite(error)
         ),
         remark=f"{data.name}, {options.model.image_size[0]} pixels, {options.training.epochs} epochs, half of the 1M "
         "network's width. Without attention stages 3 and 4 have 1 x 1 convolutions, and fewer parameters.",
@@ -253,10 +221,10 @@ def block(options: Comparison, data: ImageData, open_run: OpenRun) -> tuple[repo
         "no scale without residual": dataclasses.replace(model, scale_everywhere=False),
         "kernels of 3": dataclasses.replace(model, kernels=(3, 3, 3, 3)),
     }
-    scores, losses = compare(networks, options, data, open_run, "block")
+    scores, losses = measure(networks, options, data, lambda name: open_run(f"block_{name}"))
     rest = [name for name in networks if name != "published"]
-    gains = {name: np.subtract(losses[name], losses["published"]) for name in rest}
-    expected = [gains[name].mean() > 0 for name in ("no inner skip", "kernels of 3")]
+    gains = {name: reports.paired_difference(losses[name], losses["published"]) for name in rest}
+    expected = [gains[name][0] > 0 for name in ("no inner skip", "kernels of 3")]
     verdict: reports.Verdict = "reproduced" if all(expected) else "partly reproduced"
     if not any(expected):
         verdict = "not reproduced"
@@ -270,8 +238,8 @@ def block(options: Comparison, data: ImageData, open_run: OpenRun) -> tuple[repo
         | {f"{name}, accuracy %": scores[name] for name in rest},
         seeds=options.seeds,
         interval="; ".join(
-            f"{name} - published: {gain.mean():.4f} of loss, standard error {standard_error(gain):.4f}"
-            for name, gain in gains.items() if len(gain) > 1
+            f"{name} - published: {mean:.4f} of loss, standard error {error:.4f}"
+            for name, (mean, error) in gains.items() if math.isfinite(error)
         ),
         remark=f"{data.name}, {options.training.epochs} epochs. Kernels of 3 x 3 have fewer parameters, too.",
     )  # fmt: skip
@@ -335,25 +303,15 @@ def fit_detector(
     """Trains from nothing; the model and its variables."""
     model = RetinaNet(config)
     steps = min(len(data) // options.batch_size, options.steps_per_epoch or len(data))
-    optimizer = train.build_optimizer(
-        train.OptimizerConfig(
-            learning_rate=options.learning_rate, schedule="cosine", warmup_steps=min(options.epochs * steps // 10, 50),
-            weight_decay=0.05, clip_norm=1.0,
-        ),
-        total_steps=options.epochs * steps,
+    optimizer = train.OptimizerConfig(
+        learning_rate=options.learning_rate, schedule="cosine", warmup_steps=min(options.epochs * steps // 10, 50),
+        weight_decay=0.05, clip_norm=1.0,
     )  # fmt: skip
-    mesh = train.make_mesh(train.MeshConfig(data=1))
-    images = np.zeros((1, *config.image_size, 3), np.float32)
-    state = train.init_sharded(lambda rng: model.init(rng, images), optimizer, jax.random.key(seed), mesh)
-    result = train.fit(
-        train.make_train_step(detection.loss(model), optimizer, state, ("dropout",)),
-        state,
-        detection_batches(data, options.batch_size, seed),
-        train.FitConfig(epochs=options.epochs, log_every=min(20, steps)),
-        run,
-        mesh=mesh,
+    result = train.fit_network(
+        model, detection.loss(model), {"images": np.zeros((1, *config.image_size, 3), np.float32)},
+        detection_batches(data, options.batch_size, seed), optimizer, run, seed, epochs=options.epochs,
         steps_per_epoch=steps,
-    )
+    )  # fmt: skip
     return model, result.state.evaluation_variables
 
 
@@ -440,8 +398,12 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
       ValueError, FileNotFoundError, ModuleNotFoundError: the data is not there.
     """
     # Every complaint about the data comes before the first compilation.
-    images = load_images(config) if set(config.claims) - {"detection"} else None
-    cells = bccd(_folder(config, "bccd")) if "detection" in config.claims else None
+    images = (
+        load_images(config.data, config.data_dir, config.model.image_size[0])
+        if set(config.claims) - {"detection"}
+        else None
+    )
+    cells = bccd(folder_of("bccd", config.data_dir)) if "detection" in config.claims else None
     folder = train.open_run(workdir, config, resume=resume, force=force)
     (folder.path / "figures").mkdir(exist_ok=True)
 

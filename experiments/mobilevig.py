@@ -12,7 +12,6 @@ and repeated augmentation; the second head learns the decisions of a RegNetY-16G
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -28,11 +27,10 @@ from matplotlib.figure import Figure
 from experiments import command_line
 from zoo import reports, train
 from zoo.data.augmentation import Recipe
-from zoo.data.images import ImageData, LabelledImages, handwritten_digits, sign_digits
-from zoo.data.tfds import array_record_source
+from zoo.data.images import ImageData, ImageSet, LabelledImages, handwritten_digits, load_images
 from zoo.layers.convolution import Conv
 from zoo.papers.mobilevig import Grapher, KNNGrapher, MobileViG, MobileViGConfig, loss, neighbours_of
-from zoo.train.classifier import ClassifierConfig, fit_classifier
+from zoo.train.classifier import ClassifierConfig, compare, fit_classifier
 
 Claim = Literal["training", "graph", "layout", "hop"]
 LIGHT = Recipe(
@@ -55,7 +53,7 @@ class Config:
     """What to train, on what, and which claims to measure."""
 
     # sign_digits and imagenet2012 need data_dir; digits come inside scikit-learn.
-    data: Literal["sign_digits", "digits", "imagenet2012"] = "sign_digits"
+    data: ImageSet = "sign_digits"
     # The folder of sign_digits.npz, or the one below which TFDS prepared ImageNet.
     data_dir: pathlib.Path | None = None
     claims: tuple[Claim, ...] = ("graph", "layout", "hop")
@@ -131,18 +129,6 @@ class ConvolutionGrapher(Grapher):
         return Conv(y.shape[-1], 3, groups=y.shape[-1], axes=(None, "mlp"), name="aggregate")(y)
 
 
-def load_data(config: Config) -> ImageData:
-    """The images of a config. Raises ValueError, FileNotFoundError or ModuleNotFoundError where they are not there."""
-    if config.data == "digits":
-        return handwritten_digits(config.model.image_size[0])
-    if config.data_dir is None:
-        raise ValueError(f"{config.data} is not part of the zoo: give --data-dir, the folder that holds it")
-    if config.data == "sign_digits":
-        return sign_digits(config.data_dir)
-    parts: Any = [array_record_source("imagenet2012", split, config.data_dir) for split in ("train", "validation")]
-    return ImageData("imagenet2012", 1000, *parts)
-
-
 def pairs_of_digits(count: int, size: int = 64, digit: int = 16, seed: int = 0) -> ImageData:
     """Canvases with two handwritten digits in opposite corners; the class is whether they are the same digit.
 
@@ -167,20 +153,6 @@ def pairs_of_digits(count: int, size: int = 64, digit: int = 16, seed: int = 0) 
     return ImageData("pairs of digits", 2, draw(digits.train, count, rng), draw(digits.test, count // 4, rng))
 
 
-def accuracies(
-    models: Mapping[str, MobileViG], data: ImageData, training: ClassifierConfig, seeds: tuple[int, ...],
-    open_run: Callable[[str], train.Run],
-) -> dict[str, list[float]]:  # fmt: skip
-    """Test accuracy after the last epoch, in percent, of each network and seed."""
-    scores: dict[str, list[float]] = {name: [] for name in models}
-    for seed in seeds:
-        for name, model in models.items():
-            run = open_run(f"{name.replace(' ', '_')}_seed{seed}")
-            result = fit_classifier(model, loss(model), data, model.config.image_size, training, run, seed)
-            scores[name].append(round(100 * result.evaluation["test_accuracy"], 2))
-    return scores
-
-
 def milliseconds(modules: Mapping[str, nn.Module], shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     """Median time of each module on a map, taking turns, after one call to warm up."""
     x = jax.random.normal(jax.random.key(0), shape)
@@ -198,13 +170,6 @@ def milliseconds(modules: Mapping[str, nn.Module], shape: tuple[int, ...], repea
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def difference(first: list[float], second: list[float]) -> tuple[float, float]:
-    """Mean and standard error of first - second, seed by seed; infinite for one seed."""
-    values = np.subtract(first, second)
-    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
-    return float(values.mean()), error
-
-
 def _verdict(config: Config, good: bool, half: bool) -> reports.Verdict:
     if len(config.seeds) < 2:
         return "not tested"
@@ -215,8 +180,8 @@ def graph(config: Config, data: ImageData, open_run: Callable[[str], train.Run])
     """The fixed graph against nearest neighbours: accuracy and time."""
     kinds: dict[str, Any] = {"SVGA": Grapher, "KNN": KNNGrapher}
     models = {name: MobileViG(config.model, kind) for name, kind in kinds.items()}
-    scores = accuracies(models, data, config.training, config.seeds, open_run)
-    mean, error = difference(scores["SVGA"], scores["KNN"])
+    scores, _ = compare(models, loss, data, config.model.image_size, config.training, config.seeds, open_run)
+    mean, error = reports.paired_difference(scores["SVGA"], scores["KNN"])
     measured: dict[str, Any] = {f"accuracy with {name}, %": values for name, values in scores.items()}
     times = {
         side: milliseconds(
@@ -252,8 +217,8 @@ def layout(config: Config, open_run: Callable[[str], train.Run]) -> reports.Clai
     kinds = {"SVGA": Grapher, "nothing": NoGrapher, "convolution": ConvolutionGrapher}
     models = {name: MobileViG(narrow, kind) for name, kind in kinds.items()}
     training = dataclasses.replace(config.training, recipe=WHOLE)
-    scores = accuracies(models, data, training, config.seeds, open_run)
-    gains = {name: difference(scores["SVGA"], scores[name]) for name in ("nothing", "convolution")}
+    scores, _ = compare(models, loss, data, narrow.image_size, training, config.seeds, open_run)
+    gains = {name: reports.paired_difference(scores["SVGA"], scores[name]) for name in ("nothing", "convolution")}
     better = [mean > 2 * error for mean, error in gains.values()]
     return reports.Claim(
         statement="Where the class depends on things far apart, the graph beats no neighbours and near ones.",
@@ -269,13 +234,13 @@ def layout(config: Config, open_run: Callable[[str], train.Run]) -> reports.Clai
 def hop(config: Config, data: ImageData, open_run: Callable[[str], train.Run]) -> reports.Claim:
     """Accuracy and the loop's time for several hops."""
     models = {f"K = {k}": MobileViG(dataclasses.replace(config.model, hop=k)) for k in config.hops}
-    scores = accuracies(models, data, config.training, config.seeds, open_run)
+    scores, _ = compare(models, loss, data, config.model.image_size, config.training, config.seeds, open_run)
     side = max(config.sides)
     times = milliseconds(
         {f"K = {k}": Grapher(hop=k) for k in config.hops}, (1, side, side, config.width), config.repeats
     )
     first = f"K = {config.hops[0]}"
-    changes = [difference(scores[name], scores[first]) for name in models if name != first]
+    changes = [reports.paired_difference(scores[name], scores[first]) for name in models if name != first]
     flat = [mean >= -2 * error for mean, error in changes]
     return reports.Claim(
         statement="Sparser graphs are nearly as good: accuracy hardly depends on the hop.",
@@ -320,7 +285,9 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
       FileExistsError: the folder holds a run, and neither resume nor force is given.
       ValueError, FileNotFoundError, ModuleNotFoundError: the data is not there.
     """
-    data = load_data(config)  # every complaint about the data comes before the first compilation
+    data = load_images(
+        config.data, config.data_dir, config.model.image_size[0]
+    )  # every complaint about the data comes before the first compilation
     folder = train.open_run(workdir, config, resume=resume, force=force)
 
     def below(claim: str) -> Callable[[str], train.Run]:

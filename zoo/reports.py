@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from zoo import registry
 from zoo.files import atomic
@@ -63,6 +67,13 @@ class Result:
         """Writes the record as JSON, whole or not at all."""
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n")
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of first - second, seed by seed; the error is infinite for a single one."""
+    values = np.subtract(first, second)
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+    return float(values.mean()), error
 
 
 def show(claim: Claim) -> None:

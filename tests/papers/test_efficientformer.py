@@ -15,7 +15,8 @@ from tests import macs
 from tests.parameters import random_parameters
 from zoo import registry
 from zoo.layers.conv_norm import fold
-from zoo.layers.offset_bias import OffsetBias, offset_index, resize_bicubic
+from zoo.layers.offset_bias import OffsetBias, offset_index
+from zoo.layers.resizing import resize_bicubic
 from zoo.papers import efficientformer
 from zoo.papers.efficientformer import EfficientFormer, EfficientFormerConfig, search
 from zoo.papers.efficientformer.weights import rules

@@ -14,7 +14,9 @@ from kernels import attention
 from tests.kernels.compile import assert_holds_kernel
 from tests.parameters import random_parameters
 from zoo import registry, weights
+from zoo.backbones import segmentation as heads
 from zoo.layers import boxes
+from zoo.layers.resizing import adaptive_average_pool
 from zoo.papers import emov2
 from zoo.papers.emov2 import detection, generation, segmentation
 from zoo.weights import names
@@ -307,11 +309,11 @@ def test_a_detector_learns(kind):
 def test_a_segmenter_gives_logits_and_a_loss(head):
     config = emov2.SegmenterConfig(SHALLOW, head, num_classes=3, channels=8, image_size=(64, 96))
     model = emov2.Segmenter(config)
-    batch = segmentation.example_inputs(config, 2) | segmentation.example_targets(config, 2)
-    batch["labels"][0, :10] = segmentation.IGNORED
+    batch = heads.example_inputs(config, 2) | heads.example_targets(config, 2)
+    batch["labels"][0, :10] = heads.IGNORED
     variables = random_variables(model, batch["images"])
     state = {"batch_stats": variables["batch_stats"]}
-    loss = jax.jit(partial(segmentation.loss(model), train=False))
+    loss = jax.jit(partial(heads.loss(model), train=False))
     value, (_, metrics) = loss(variables["params"], state, batch, {})
     assert np.isfinite(value) and 0 <= metrics["accuracy"] <= 1
     found = jax.eval_shape(model.apply, variables, batch["images"])
@@ -322,8 +324,8 @@ def test_a_segmenter_gives_logits_and_a_loss(head):
 
 def test_adaptive_pooling_is_pytorchs():
     x = jnp.arange(5.0).reshape(1, 5, 1, 1)
-    np.testing.assert_allclose(segmentation.adaptive_average_pool(x, 3)[0, :, 0, 0], [0.5, 2, 3.5])
-    np.testing.assert_allclose(segmentation.adaptive_average_pool(x, 6)[0, ::5, 0, 0], [0, 4])
+    np.testing.assert_allclose(adaptive_average_pool(x, 3)[0, :, 0, 0], [0.5, 2, 3.5])
+    np.testing.assert_allclose(adaptive_average_pool(x, 6)[0, ::5, 0, 0], [0, 4])
 
 
 # ---------------------------------------------------------------------------------------------------------------- DEMO

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zoo.layers import boxes as box
 from zoo.layers.convolution import Conv
 from zoo.layers.feature_pyramid import FeaturePyramid
 from zoo.layers.partitioning import dense, partitioned
+from zoo.weights.names import Rule, Transform, layer
 
 STRIDES = (4, 8, 16, 32, 64)
 _ANCHORS = 3
@@ -161,15 +163,62 @@ class MaskRCNN(nn.Module):
         """Scores (B, R, K + 1) and deltas (B, R, 4 K)."""
         x = jax.vmap(partial(roi_align, size=7))(list(maps[:4]), regions)
         x = x.reshape(*regions.shape[:2], math.prod(x.shape[2:]))
-        for layer in self.box_fc:
-            x = nn.relu(layer(x))
+        for part in self.box_fc:
+            x = nn.relu(part(x))
         return self.box_score(x), self.box_delta(x)
 
     def judge_masks(self, maps: Sequence[jax.Array], regions: jax.Array) -> jax.Array:
         """Logits (B, R, 28, 28, K)."""
         x = jax.vmap(partial(roi_align, size=14))(list(maps[:4]), regions)
         x = x.reshape(-1, *x.shape[2:])
-        for layer in self.mask:
-            x = nn.relu(layer(x))
+        for part in self.mask:
+            x = nn.relu(part(x))
         x = self.mask_out(nn.relu(self.mask_upsample(x)))
         return x.reshape(*regions.shape[:2], *x.shape[1:])
+
+
+_PIXELS = 7 * 7  # that a region is read at, channels first in the published linear layer
+
+
+def _region_forward(array: np.ndarray) -> np.ndarray:
+    out, inputs = array.shape
+    return array.reshape(out, inputs // _PIXELS, _PIXELS).transpose(2, 1, 0).reshape(inputs, out)
+
+
+def _region_inverse(array: np.ndarray) -> np.ndarray:
+    inputs, out = array.shape
+    return array.reshape(_PIXELS, inputs // _PIXELS, out).transpose(2, 1, 0).reshape(out, inputs)
+
+
+def weight_rules(path: str) -> list[Rule]:
+    """MMDetection's names of all of a Mask R-CNN at a path but its backbone."""
+    return [
+        *layer("pointwise2d", r"neck\.lateral_convs\.(\d+)\.conv", path + "/neck/lateral_{0}"),
+        *layer("conv2d", r"neck\.fpn_convs\.(\d+)\.conv", path + "/neck/output_{0}"),
+        *layer("conv2d", r"rpn_head\.rpn_conv", path + "/rpn_conv"),
+        *layer("pointwise2d", r"rpn_head\.rpn_cls", path + "/rpn_score"),
+        *layer("pointwise2d", r"rpn_head\.rpn_reg", path + "/rpn_delta"),
+        Rule(
+            r"roi_head\.bbox_head\.shared_fcs\.0\.weight", f"params/{path}/box_fc_0/kernel",
+            Transform(_region_forward, _region_inverse, 2),
+        ),
+        Rule(r"roi_head\.bbox_head\.shared_fcs\.0\.bias", f"params/{path}/box_fc_0/bias"),
+        *layer("linear", r"roi_head\.bbox_head\.shared_fcs\.1", path + "/box_fc_1"),
+        *layer("linear", r"roi_head\.bbox_head\.fc_cls", path + "/box_score"),
+        *layer("linear", r"roi_head\.bbox_head\.fc_reg", path + "/box_delta"),
+        *layer("conv2d", r"roi_head\.mask_head\.convs\.(\d+)\.conv", path + "/mask_{0}"),
+        *layer("conv_transpose2d", r"roi_head\.mask_head\.upsample", path + "/mask_upsample"),
+        *layer("pointwise2d", r"roi_head\.mask_head\.conv_logits", path + "/mask_out"),
+    ]  # fmt: skip
+
+
+def example_inputs(config: Any, batch_size: int) -> dict[str, np.ndarray]:
+    """`images` of normal values, and two `regions` an image, for a config with `image_size` and a `backbone`."""
+    height, width = config.image_size
+    regions = np.array([[0, 0, width / 2, height / 2], [width / 4, height / 4, width, height]], np.float32)
+    rng = np.random.default_rng(0)
+    shape = (batch_size, height, width, config.backbone.channels)
+    return {
+        "images": rng.standard_normal(shape, dtype=np.float32),
+        "regions": np.repeat(regions[None], batch_size, axis=0),
+    }

@@ -6,9 +6,14 @@ import dataclasses
 import io
 import itertools
 import pathlib
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+
+from zoo.data.tfds import array_record_source
+
+ImageSet = Literal["sign_digits", "digits", "imagenet2012"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,3 +94,28 @@ def handwritten_digits(size: int = 32) -> ImageData:
         LabelledImages(images[:cut], digits.target[:cut]),
         LabelledImages(images[cut:], digits.target[cut:]),
     )
+
+
+def load_images(name: ImageSet, data_dir: pathlib.Path | None, size: int) -> ImageData:
+    """A set by name: "digits" come inside scikit-learn, enlarged to `size`; the others lie in `folder_of`.
+
+    Raises ValueError, FileNotFoundError or ModuleNotFoundError where they are not there.
+    """
+    if name == "digits":
+        return handwritten_digits(size)
+    folder = folder_of(name, data_dir)
+    if name == "sign_digits":
+        return sign_digits(folder)
+    parts: Any = [array_record_source("imagenet2012", split, folder) for split in ("train", "validation")]
+    return ImageData("imagenet2012", 1000, *parts)
+
+
+def folder_of(name: str, data_dir: pathlib.Path | None) -> pathlib.Path:
+    """Where a set's files lie: in data_dir, or in a folder of the set's name below it, but for what TFDS prepared.
+
+    Raises ValueError without a data_dir.
+    """
+    if data_dir is None:
+        raise ValueError(f"{name} is not part of the zoo: give --data-dir, the folder that holds it")
+    below = data_dir / name
+    return below if below.is_dir() and name != "imagenet2012" else data_dir

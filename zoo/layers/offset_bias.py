@@ -15,7 +15,8 @@ from zoo.layers.partitioning import partitioned
 class OffsetBias(nn.Module):
     """One number a head and distance (|dy|, |dx|) on a grid of pixels.
 
-    Parameter: `table`, (rows * columns, heads), zero at first; row |dy| * columns + |dx|.
+    Parameter: `table`, (rows * columns, heads), zero at first; row |dy| * columns + |dx|. Applied with `matrix` in its
+    place, (heads, N, N) as `gather_bias` makes it, nothing is gathered.
 
     Fields:
       heads: of the attention.
@@ -28,6 +29,8 @@ class OffsetBias(nn.Module):
 
     def setup(self) -> None:
         """The table."""
+        if self.has_variable("params", "matrix"):
+            return
         init = partitioned(nn.initializers.zeros_init(), None, "heads")
         self.table = self.param("table", init, (self.grid[0] * self.grid[1], self.heads), self.param_dtype)
 
@@ -37,13 +40,24 @@ class OffsetBias(nn.Module):
         On another grid than the table's, the image is taken to be the same one seen more finely or coarsely: distances
         are scaled by the ratio of the two, and the table is interpolated linearly between them.
         """
+        if self.has_variable("params", "matrix"):
+            if grid != self.grid:
+                raise ValueError(
+                    f"biases were gathered for a map of {self.grid}, got {grid}: use the original variables"
+                )
+            return self.get_variable("params", "matrix")
         table = self.table
         if grid != self.grid:
             table = table.reshape(*self.grid, self.heads)
             for axis, (new, old) in enumerate(zip(grid, self.grid, strict=True)):
                 table = jnp.moveaxis(jnp.tensordot(_between(new, old), table, (1, axis)), 0, axis)
             table = table.reshape(-1, self.heads)
-        return jnp.moveaxis(table[offset_index(grid)], -1, 0)
+        return gather_bias(table, grid)
+
+
+def gather_bias(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The bias (heads, N, N) of the N pixels of a grid, from a table (rows * columns, heads) that is made for it."""
+    return jnp.moveaxis(table[offset_index(grid)], -1, 0)
 
 
 def offset_index(grid: tuple[int, int]) -> np.ndarray:
@@ -57,27 +71,3 @@ def _between(new: int, old: int) -> np.ndarray:
     """float32 (new, old): weights that interpolate a function of distances 0 .. old - 1 at new places."""
     places = np.minimum(np.arange(new) * old / new, old - 1)
     return np.maximum(1 - np.abs(np.subtract.outer(places, np.arange(old))), 0).astype(np.float32)
-
-
-def resize_bicubic(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Cubic convolution along one axis (Keys 1981 with a = -0.75), as PyTorch's bicubic resize without antialiasing.
-
-    Args:
-      x: any array.
-      size: the axis' new length; samples lie in the middle of their cells (align_corners False), edges are repeated.
-      axis: which.
-    """
-    old = x.shape[axis]
-    if size == old:
-        return x
-    places = (np.arange(size) + 0.5) * old / size - 0.5
-    first = np.floor(places).astype(int)
-    fraction, a = places - first, -0.75
-    total = jnp.zeros((), x.dtype)
-    for tap in (-1, 0, 1, 2):
-        d = np.abs(fraction - tap)
-        weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
-        shape = [size if i == axis % x.ndim else 1 for i in range(x.ndim)]
-        part = jnp.take(x, np.clip(first + tap, 0, old - 1), axis=axis)
-        total += part * jnp.asarray(weight.reshape(shape), x.dtype)
-    return total

@@ -26,7 +26,8 @@ from zoo.train.checkpoint import CheckpointError, Checkpoints
 from zoo.train.generated import fit_generated
 from zoo.train.loop import FitConfig, FitResult, NonFiniteError, evaluate, fit
 from zoo.train.metrics import MeanAccumulator
-from zoo.train.optimizer import Optimizer, OptimizerConfig, build_optimizer, learning_rate_schedule
+from zoo.train.network import fit_network
+from zoo.train.optimizer import Optimizer, OptimizerConfig, build_optimizer, layerwise_decay, learning_rate_schedule
 from zoo.train.run import Run, open_run, write_json
 from zoo.train.sharding import (
     RULES,
@@ -61,8 +62,10 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_generated",
+    "fit_network",
     "init_sharded",
     "initialize_distributed",
+    "layerwise_decay",
     "learning_rate_schedule",
     "make_evaluation_step",
     "make_mesh",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from zoo.data.augmentation import Recipe, evaluation_batches, train_batches
 from zoo.data.images import ImageData
-from zoo.train.loop import FitConfig, FitResult, evaluate, fit
-from zoo.train.optimizer import OptimizerConfig, build_optimizer
+from zoo.train.loop import FitResult, evaluate
+from zoo.train.network import fit_network
+from zoo.train.optimizer import OptimizerConfig
 from zoo.train.run import Run
-from zoo.train.sharding import MeshConfig, init_sharded, make_mesh
-from zoo.train.step import LossFunction, make_evaluation_step, make_train_step
+from zoo.train.sharding import MeshConfig, make_mesh
+from zoo.train.step import LossFunction, make_evaluation_step
 
 _EVALUATION_BATCH = 100
 
@@ -83,17 +83,12 @@ def fit_classifier(
     if teacher is not None:
         dataset = dataset.map(lambda batch: {**batch, "teacher": np.asarray(teacher(batch["images"]), np.float32)})
     steps = min(len(data.train) // config.batch_size, config.steps_per_epoch or len(data.train))
-    optimizer = build_optimizer(
-        OptimizerConfig(
-            learning_rate=config.learning_rate, schedule="cosine", warmup_steps=config.warmup_epochs * steps,
-            final_fraction=config.final_fraction, weight_decay=config.weight_decay, adaptive_clip=config.adaptive_clip,
-            clip_norm=config.clip_norm, ema_decay=config.ema_decay,
-        ),
-        total_steps=config.epochs * steps,
+    optimizer = OptimizerConfig(
+        learning_rate=config.learning_rate, schedule="cosine", warmup_steps=config.warmup_epochs * steps,
+        final_fraction=config.final_fraction, weight_decay=config.weight_decay, adaptive_clip=config.adaptive_clip,
+        clip_norm=config.clip_norm, ema_decay=config.ema_decay,
     )  # fmt: skip
     mesh = make_mesh(MeshConfig(data=1))
-    images = np.zeros((1, *size, 3), np.float32)
-    state = init_sharded(lambda rng: model.init(rng, images), optimizer, jax.random.key(seed), mesh)
     evaluation_step = make_evaluation_step(loss, rng_streams)
     test = evaluation_batches(data.test, size, min(_EVALUATION_BATCH, len(data.test)))
 
@@ -101,13 +96,36 @@ def fit_classifier(
         metrics = evaluate(evaluation_step, state, test, mesh)
         return {f"test_{name}": metrics[name] for name in ("loss", "accuracy")}
 
-    return fit(
-        make_train_step(loss, optimizer, state, rng_streams),
-        state,
-        dataset,
-        FitConfig(epochs=config.epochs, log_every=min(20, steps)),
-        run,
-        mesh=mesh,
-        steps_per_epoch=steps,
-        evaluate=measure,
-    )
+    return fit_network(
+        model, loss, {"images": np.zeros((1, *size, 3), np.float32)}, dataset, optimizer, run, seed,
+        epochs=config.epochs, steps_per_epoch=steps, rng_streams=rng_streams, evaluate=measure,
+    )  # fmt: skip
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    loss: Callable[[Any], LossFunction],
+    data: ImageData,
+    size: tuple[int, int],
+    config: ClassifierConfig,
+    seeds: Sequence[int],
+    open_run: Callable[[str], Run],
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Test accuracies in percent and test losses after the last epoch of networks trained alike, one a seed.
+
+    Args:
+      models: by name.
+      loss: model -> its loss.
+      data, size, config: as of `fit_classifier`.
+      seeds: of the trainings; all networks see the same batches.
+      open_run: name -> the folder of one training.
+    """
+    accuracies: dict[str, list[float]] = {name: [] for name in models}
+    losses: dict[str, list[float]] = {name: [] for name in models}
+    for seed in seeds:
+        for name, model in models.items():
+            run = open_run(f"{name.replace(' ', '_')}_seed{seed}")
+            measured = fit_classifier(model, loss(model), data, size, config, run, seed).evaluation
+            accuracies[name].append(round(100 * measured["test_accuracy"], 2))
+            losses[name].append(round(measured["test_loss"], 4))
+    return accuracies, losses

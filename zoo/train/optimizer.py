@@ -142,6 +142,28 @@ def adaptive_clip(factor: float, eps: float = 1e-3) -> optax.GradientTransformat
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def layerwise_decay(groups: Any, decay: float) -> optax.GradientTransformation:
+    """Smaller steps for earlier layers: updates times decay ** (highest group - group) (Clark et al. 2020, ELECTRA).
+
+    Put behind an optimizer, whose decoupled weight decay it makes smaller too:
+    `optax.chain(build_optimizer(...).transformation, layerwise_decay(groups, 0.9))`.
+
+    Args:
+      groups: like the parameters, integers; larger ones are nearer to the output.
+      decay: in (0, 1].
+
+    Raises ValueError for a decay outside.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay}")
+    top = max(jax.tree.leaves(groups))
+
+    def update(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda update, group: update * decay ** (top - group), updates, groups)
+
+    return optax.stateless(update)
+
+
 def learning_rate_schedule(
     config: OptimizerConfig, total_steps: int, steps_per_epoch: int | None = None
 ) -> optax.Schedule:

@@ -20,8 +20,9 @@ from zoo.layers.convolution import average_pool
 from zoo.layers.drop_path import DropPath
 from zoo.layers.mlp import PLAIN
 from zoo.layers.norms import norm
-from zoo.layers.offset_bias import OffsetBias, resize_bicubic
+from zoo.layers.offset_bias import OffsetBias
 from zoo.layers.partitioning import dense, partitioned
+from zoo.layers.resizing import resize_bicubic
 
 _LINEAR_INIT = nn.initializers.truncated_normal(0.02)
 _ZEROS = nn.initializers.zeros_init()

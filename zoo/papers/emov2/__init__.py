@@ -27,6 +27,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from zoo.backbones.segmentation import example_inputs as segmenter_inputs
+from zoo.backbones.segmentation import example_targets as segmenter_targets
+from zoo.backbones.segmentation import loss as segmenter_loss
 from zoo.papers.emov2 import detection, generation, segmentation
 from zoo.papers.emov2.detection import DetectorConfig, RetinaNet, SSDLite
 from zoo.papers.emov2.generation import Demo, DemoConfig, sample
@@ -143,10 +146,10 @@ register(
         for head in segmentation.HEADS
         for size, backbone in _DENSE.items()
     ),
-    example_inputs=segmentation.example_inputs,
+    example_inputs=segmenter_inputs,
     weight_rules=segmenter_rules,
-    loss=segmentation.loss,
-    example_targets=segmentation.example_targets,
+    loss=segmenter_loss,
+    example_targets=segmenter_targets,
 )(Segmenter)
 
 # The logs count the fixed table of positions, 256 D, as well. Without it:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoo.backbones.segmentation import auxiliary_rules
 from zoo.papers.emov2.detection import DetectorConfig
 from zoo.papers.emov2.generation import DemoConfig
 from zoo.papers.emov2.model import EMOv2Config
@@ -120,8 +121,7 @@ def segmenter_rules(config: SegmenterConfig) -> list[Rule]:
         *under("backbone", "backbone", feature_rules(config.backbone)),
         *own,
         *layer("pointwise2d", rf"{prefix}conv_seg", f"{head}/classifier/out"),
-        *_conv_norm("conv2d", r"auxiliary_head\.convs\.0", "auxiliary/convolution"),
-        *layer("pointwise2d", r"auxiliary_head\.conv_seg", "auxiliary/classifier/out"),
+        *auxiliary_rules("auxiliary"),
     ]
 
 

@@ -18,6 +18,7 @@ What the published code does and the paper does not say, and what is therefore d
 
 from __future__ import annotations
 
+from zoo.backbones.mask_rcnn import example_inputs as detector_inputs
 from zoo.papers.mobilevig.graph import knn_aggregate, neighbours_of, svga_aggregate, where_most_differs
 from zoo.papers.mobilevig.model import (
     DetectorConfig,
@@ -29,7 +30,6 @@ from zoo.papers.mobilevig.model import (
     MobileViGConfig,
     MobileViGFeatures,
     MobileViGMaskRCNN,
-    detector_inputs,
     example_inputs,
 )
 from zoo.papers.mobilevig.weights import detector_rules, feature_rules, rules

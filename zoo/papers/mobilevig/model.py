@@ -310,15 +310,3 @@ def example_inputs(config: MobileViGConfig, batch_size: int) -> dict[str, np.nda
     """`images` of normal values."""
     rng = np.random.default_rng(0)
     return {"images": rng.standard_normal((batch_size, *config.image_size, config.channels), dtype=np.float32)}
-
-
-def detector_inputs(config: DetectorConfig, batch_size: int) -> dict[str, np.ndarray]:
-    """`images` of normal values, and two `regions` an image."""
-    height, width = config.image_size
-    regions = np.array([[0, 0, width / 2, height / 2], [width / 4, height / 4, width, height]], np.float32)
-    rng = np.random.default_rng(0)
-    shape = (batch_size, height, width, config.backbone.channels)
-    return {
-        "images": rng.standard_normal(shape, dtype=np.float32),
-        "regions": np.repeat(regions[None], batch_size, axis=0),
-    }

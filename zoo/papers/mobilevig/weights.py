@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
+from zoo.backbones.mask_rcnn import weight_rules as mask_rcnn_rules
 from zoo.papers.mobilevig.model import DetectorConfig, MobileViGConfig
-from zoo.weights.names import Rule, Transform, layer, under, vector
+from zoo.weights.names import Rule, layer, under, vector
 
 
 def _conv_norm(conv: str, norm: str, path: str, kind: str = "pointwise2d") -> list[Rule]:
@@ -51,37 +50,6 @@ def feature_rules(config: MobileViGConfig) -> list[Rule]:
     return _body()
 
 
-_PIXELS = 7 * 7  # that a region is read at, channels first in the published linear layer
-
-
-def _region_forward(array: np.ndarray) -> np.ndarray:
-    out, inputs = array.shape
-    return array.reshape(out, inputs // _PIXELS, _PIXELS).transpose(2, 1, 0).reshape(inputs, out)
-
-
-def _region_inverse(array: np.ndarray) -> np.ndarray:
-    inputs, out = array.shape
-    return array.reshape(_PIXELS, inputs // _PIXELS, out).transpose(2, 1, 0).reshape(out, inputs)
-
-
 def detector_rules(config: DetectorConfig) -> list[Rule]:
     """MMDetection's names of a Mask R-CNN."""
-    return [
-        *under("backbone", "detector/backbone", _body()),
-        *layer("pointwise2d", r"neck\.lateral_convs\.(\d+)\.conv", "detector/neck/lateral_{0}"),
-        *layer("conv2d", r"neck\.fpn_convs\.(\d+)\.conv", "detector/neck/output_{0}"),
-        *layer("conv2d", r"rpn_head\.rpn_conv", "detector/rpn_conv"),
-        *layer("pointwise2d", r"rpn_head\.rpn_cls", "detector/rpn_score"),
-        *layer("pointwise2d", r"rpn_head\.rpn_reg", "detector/rpn_delta"),
-        Rule(
-            r"roi_head\.bbox_head\.shared_fcs\.0\.weight", "params/detector/box_fc_0/kernel",
-            Transform(_region_forward, _region_inverse, 2),
-        ),
-        Rule(r"roi_head\.bbox_head\.shared_fcs\.0\.bias", "params/detector/box_fc_0/bias"),
-        *layer("linear", r"roi_head\.bbox_head\.shared_fcs\.1", "detector/box_fc_1"),
-        *layer("linear", r"roi_head\.bbox_head\.fc_cls", "detector/box_score"),
-        *layer("linear", r"roi_head\.bbox_head\.fc_reg", "detector/box_delta"),
-        *layer("conv2d", r"roi_head\.mask_head\.convs\.(\d+)\.conv", "detector/mask_{0}"),
-        *layer("conv_transpose2d", r"roi_head\.mask_head\.upsample", "detector/mask_upsample"),
-        *layer("pointwise2d", r"roi_head\.mask_head\.conv_logits", "detector/mask_out"),
-    ]  # fmt: skip
+    return [*under("backbone", "detector/backbone", _body()), *mask_rcnn_rules("detector")]
