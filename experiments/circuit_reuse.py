@@ -14,7 +14,7 @@ import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -53,24 +53,25 @@ class Config:
     data_dir: pathlib.Path | None = None
     # A random network of a few features in place of the checkpoint.
     tiny: bool = False
-    # Prompts on which the tasks' accuracies are measured.
+    # Prompts on which the tasks' accuracies are measured, and Colored Objects repaired.
     ioi_prompts: int = 150
     color_prompts: int = 120
     # Prompts of each task for the movers, for what acts on their queries, and for what acts at the subject.
     patched: int = 60
-    inhibition_prompts: int = 36
-    subject_prompts: int = 18
+    inhibition_prompts: int = 30
+    subject_prompts: int = 30
+    # Prompts that are run at a time; where it divides all numbers above, programs are shared.
+    batch: int = 30
     # Heads that count as movers in the search of the next stage.
     movers: int = 5
-    # Prompts of the repair, and draws of four random heads as its control.
-    repaired: int = 200
+    # Draws of four random heads, the repair's control.
     draws: int = 3
     # Of the test whether two circuits share heads by chance.
     permutations: int = 10_000
 
     def __post_init__(self) -> None:
         sizes = (self.ioi_prompts, self.color_prompts, self.patched, self.inhibition_prompts, self.subject_prompts)
-        if min(*sizes, self.movers, self.repaired, self.draws, self.permutations) < 1:
+        if min(*sizes, self.batch, self.movers, self.draws, self.permutations) < 1:
             raise ValueError("all numbers of prompts, movers, draws and permutations must be positive")
         if max(self.patched, self.inhibition_prompts, self.subject_prompts) > min(self.ioi_prompts, self.color_prompts):
             raise ValueError("patched prompts are the first of ioi_prompts and color_prompts, so at most as many")
@@ -79,11 +80,11 @@ class Config:
 PRESETS = {
     "cpu": Config(),
     "smoke": Config(
-        tiny=True, ioi_prompts=4, color_prompts=4, patched=4, inhibition_prompts=2, subject_prompts=2, movers=2,
-        repaired=2, draws=1, permutations=50,
+        tiny=True, ioi_prompts=2, color_prompts=2, patched=2, inhibition_prompts=2, subject_prompts=2, batch=2,
+        movers=2, draws=1, permutations=50,
     ),
     "paper": Config(
-        ioi_prompts=500, color_prompts=1000, patched=500, inhibition_prompts=500, subject_prompts=500, repaired=1000,
+        ioi_prompts=500, color_prompts=1000, patched=500, inhibition_prompts=500, subject_prompts=500, batch=25,
         draws=10,
     ),
 }  # fmt: skip
@@ -133,7 +134,7 @@ def _check_files(config: Config) -> None:
 
 def _prompts(config: Config, tokenizer: ByteLevelTokenizer) -> tuple[list[ioi.Prompt], list[Question], list[Question]]:
     """Sentences, questions, and the questions that ask for another object."""
-    count, colors = config.ioi_prompts, max(config.color_prompts, config.repaired)
+    count, colors = config.ioi_prompts, config.color_prompts
     if config.data_dir is None:
         questions, rng = colored_objects.generate(colors), np.random.default_rng(1)
         others = [colored_objects.min_pairs(question, rng=rng) for question in questions]
@@ -159,6 +160,7 @@ class Laboratory:
         flipped = [ioi.flip(prompt) for prompt in sentences]
         # Both are padded to one length, so that one program serves both.
         prompts: list[Any] = [*sentences, *flipped, *questions, *others]
+        self.readings: dict[tuple[str, bool], list[circuit_reuse.Reading]] = {}
         self.length = max(len(tokenizer.encode(prompt.text)) for prompt in prompts)
         self.ioi = self._task("IOI", sentences, flipped, [prompt.answers for prompt in sentences])
         answers = [(asked.label, other.label) for asked, other in zip(questions, others, strict=True)]
@@ -178,13 +180,29 @@ class Laboratory:
             raise ValueError(f"the answer {answer!r} is {len(ids)} tokens, and must be one")
         return ids[0]
 
-    def logits(self, tokens: jax.Array, lengths: jax.Array) -> np.ndarray:
-        """(batch, vocabulary) after prompts."""
-        reading = circuit_reuse.read(self.model, self.variables, tokens, lengths)
-        return np.asarray(circuit_reuse.logits_at_end(self.model, self.variables, reading).logits[:, 0])
+    def at_end(
+        self, task: Task, corrupted: bool = False, rows: Mapping[Head, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (prompts, vocabulary) and attention (prompts, layers, heads, keys) of all prompts' last tokens."""
+        key, size = (task.name, corrupted), self.config.batch
+        if key not in self.readings:
+            tokens = task.pairs.corrupted if corrupted else task.pairs.clean
+            lengths = task.pairs.corrupted_lengths if corrupted else task.pairs.lengths
+            self.readings[key] = [
+                circuit_reuse.read(self.model, self.variables, tokens[i : i + size], lengths[i : i + size])
+                for i in range(0, len(tokens), size)
+            ]
+        found = []
+        for index, reading in enumerate(self.readings[key]):
+            part = slice(index * size, (index + 1) * size)
+            distinct = {id(row): jnp.asarray(row[part]) for row in (rows or {}).values()}
+            forced = {head: distinct[id(row)] for head, row in (rows or {}).items()}
+            found.append(circuit_reuse.at_end(self.model, self.variables, reading, forced))
+        return np.concatenate([end.logits for end in found]), np.concatenate([end.attention for end in found])
 
     def patch(self, pairs: Pairs, receivers: Sequence[Head | str], component: Any = "z", **options: Any) -> np.ndarray:
         """-100 times the effects of all heads: negative where a head matters."""
+        options["batch"] = self.config.batch
         found = circuit_reuse.path_patch(self.model, self.variables, pairs, receivers, component, **options)
         return -100 * found.effect
 
@@ -193,12 +211,9 @@ def ability(laboratory: Laboratory) -> reports.Claim:
     """How often the model solves each task, and what the corrupted prompts do."""
     measured: dict[str, Any] = {}
     accuracy: dict[str, float] = {}
-    sizes = ((laboratory.ioi, laboratory.config.ioi_prompts), (laboratory.colors, laboratory.config.color_prompts))
-    for task, count in sizes:
-        pairs = task.first(count)
-        answers, rows = np.asarray(pairs.answers), np.arange(count)
-        clean = laboratory.logits(pairs.clean, pairs.lengths)
-        other = laboratory.logits(pairs.corrupted, pairs.corrupted_lengths)
+    for task in (laboratory.ioi, laboratory.colors):
+        answers, rows = np.asarray(task.pairs.answers), np.arange(len(task.prompts))
+        clean, other = laboratory.at_end(task)[0], laboratory.at_end(task, corrupted=True)[0]
         difference = clean[rows, answers[:, 0]] - clean[rows, answers[:, 1]]
         flipped = other[rows, answers[:, 0]] - other[rows, answers[:, 1]]
         accuracy[task.name] = float((clean.argmax(1) == answers[:, 0]).mean())
@@ -230,7 +245,6 @@ class Maps(NamedTuple):
 
     ioi: np.ndarray
     colors: np.ndarray
-    ioi_frozen: np.ndarray  # with MLPs frozen
 
 
 def _listed(effects: np.ndarray, count: int) -> str:
@@ -242,16 +256,11 @@ def movers(laboratory: Laboratory) -> tuple[Maps, list[reports.Claim]]:
     """The heads that act on the last residual stream, and how many of them both tasks have."""
     config, final = laboratory.config, final_stream(laboratory.model)
     ioi_pairs, color_pairs = (task.first(config.patched) for task in (laboratory.ioi, laboratory.colors))
-    maps = Maps(
-        laboratory.patch(ioi_pairs, final),
-        laboratory.patch(color_pairs, final),
-        laboratory.patch(ioi_pairs, final, freeze_mlps=True),
-    )
+    maps = Maps(laboratory.patch(ioi_pairs, final), laboratory.patch(color_pairs, final))
     print("heads that act on the answer: done")
     measured: dict[str, Any] = {
         "IOI": _listed(maps.ioi, 10),
         "Colored Objects": _listed(maps.colors, 10),
-        "IOI, frozen MLPs": _listed(maps.ioi_frozen, 10),
     }
     verdict: reports.Verdict = "not tested"
     if not config.tiny and config.data_dir is not None and config.patched == PRESETS["cpu"].patched:
@@ -380,9 +389,7 @@ def characters(laboratory: Laboratory, maps: Maps, circuit: Circuit) -> reports.
     looks, writes = [], []
     for task in (laboratory.ioi, laboratory.colors):
         pairs = task.first(count)
-        attention = circuit_reuse.last_attention(
-            model, variables, circuit_reuse.read(model, variables, pairs.clean, pairs.lengths)
-        )
+        attention = jnp.asarray(laboratory.at_end(task)[1][:count])
         for answer in (0, 1):
             places = jnp.asarray([_mention(prompt, tokenizer, answer) for prompt in task.prompts[:count]])
             looks.append(np.asarray(circuit_reuse.attention_to(attention, places).mean(0)))
@@ -429,16 +436,16 @@ class Repair(NamedTuple):
 
 def repair(laboratory: Laboratory, maps: Maps, circuit: Circuit) -> tuple[dict[str, Repair], reports.Claim]:
     """Colored Objects with the wrong colours forced into the attention of the heads that suppress."""
-    config, (model, variables, tokenizer) = laboratory.config, laboratory.pretrained
-    pairs, prompts = laboratory.colors.first(config.repaired), laboratory.colors.prompts[: config.repaired]
+    config, (model, _, tokenizer) = laboratory.config, laboratory.pretrained
+    pairs, prompts = laboratory.colors.pairs, laboratory.colors.prompts
     marks = [prompt.color_positions(tokenizer) for prompt in prompts]
     own = [mark[-len(prompt.test.colors) :] for prompt, mark in zip(prompts, marks, strict=True)]
 
-    def rows(places: list[list[int]]) -> jax.Array:
+    def rows(places: list[list[int]]) -> np.ndarray:
         weights = np.zeros(pairs.clean.shape, np.float32)
         for row, columns in zip(weights, places, strict=True):
             row[columns] = 1 / max(len(columns), 1)
-        return jnp.asarray(weights)
+        return weights
 
     def chosen(of: list[list[tuple[str, int]]], right: bool) -> list[list[int]]:
         return [
@@ -448,7 +455,7 @@ def repair(laboratory: Laboratory, maps: Maps, circuit: Circuit) -> tuple[dict[s
 
     wrong, everywhere, nothing = rows(chosen(own, False)), rows(chosen(marks, False)), rows([[] for _ in prompts])
     negative, inhibition = circuit.negative, circuit.inhibition
-    conditions: dict[str, dict[Head, jax.Array]] = {
+    conditions: dict[str, dict[Head, np.ndarray]] = {
         "none": {},
         f"negative mover {_names([negative])}": {negative: wrong},
         f"inhibition {_names([inhibition])}": {inhibition: wrong},
@@ -471,16 +478,14 @@ def repair(laboratory: Laboratory, maps: Maps, circuit: Circuit) -> tuple[dict[s
         controls.append(f"four others {_names(picked)}")
         conditions[controls[draw]] = dict.fromkeys(picked, wrong)
 
-    reading = circuit_reuse.read(model, variables, pairs.clean, pairs.lengths)
-    layer = circuit.movers[0][0]
-    heads = jnp.asarray([head for _, head in circuit.movers])
+    layer, heads = circuit.movers[0][0], [head for _, head in circuit.movers]
     places = [jnp.asarray(chosen(own, right)) for right in (True, False)]
     found = {}
     for name, forced in conditions.items():
-        seen = circuit_reuse.logits_at_end(model, variables, reading, forced, [f"pattern.{layer}"])
-        attention = seen.sites[f"pattern.{layer}"][:, None, heads, 0]
-        looked = [float(circuit_reuse.attention_to(attention, place).mean()) for place in places]
-        found[name] = _judge(laboratory, prompts, marks, np.asarray(seen.logits[:, 0]), looked)
+        logits, attention = laboratory.at_end(laboratory.colors, rows=forced)
+        looks = jnp.asarray(attention[:, layer, heads])[:, None]
+        looked = [float(circuit_reuse.attention_to(looks, place).mean()) for place in places]
+        found[name] = _judge(laboratory, prompts, marks, logits, looked)
     best = next(iter(list(found)[1:2]))
     verdict: reports.Verdict = "not tested"
     interval = ""

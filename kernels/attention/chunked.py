@@ -23,6 +23,7 @@ _MOST_ROWS = 512  # of a tile
 _MOST_BOUNDED_ROWS = 256  # where positions bound the keys; more make the tiles at the bound wasteful
 _LEAST_ROWS = 64  # of a tile; fewer make matrix products slow
 _MOST_SPANS = 8  # into which causal queries are cut; each is compiled apart
+_MOST_UNROLLED = 8  # sequences of a decoding step whose products are compiled apart
 
 
 class Span(NamedTuple):
@@ -251,13 +252,20 @@ def _one_query(operands: Operands, options: Options) -> tuple[jax.Array, jax.Arr
     query = options.scale * operands.query.astype(jnp.float32).reshape(batch, key_heads, group, width)
     spread = jnp.einsum("bgrd,gk->bgrkd", query, diagonal, precision="highest").reshape(batch, heads, -1)
     cache = operands.key.reshape(batch, keys, -1).astype(jnp.float32)
-    logits = jnp.stack([_dot(x, y, (1, 1)) for x, y in zip(spread, cache, strict=True)])
+    logits = _dot_each(spread, cache, (1, 1))
     weights, logsumexp = softmax(logits[:, :, None], operands, options)
     cache = operands.value.reshape(batch, keys, -1).astype(jnp.float32)
-    out = jnp.stack([_dot(x, y, (1, 0)) for x, y in zip(weights[:, :, 0], cache, strict=True)])
+    out = _dot_each(weights[:, :, 0], cache, (1, 0))
     out = out.reshape(batch, key_heads, group, key_heads, value_width)
     out = jnp.einsum("bgrkd,gk->bgrd", out, diagonal, precision="highest")
     return out.reshape(batch, 1, heads, value_width).astype(operands.query.dtype), logsumexp
+
+
+def _dot_each(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """`_dot` for each index of a leading axis; a loop where there are many, so that the program does not grow."""
+    if len(x) > _MOST_UNROLLED:
+        return jax.lax.map(lambda pair: _dot(*pair, contract), (x, y))
+    return jnp.stack([_dot(a, b, contract) for a, b in zip(x, y, strict=True)])
 
 
 def backward(

@@ -87,6 +87,9 @@ def test_effects_by_hand():
     expected = (_difference(patched) - base) / (_difference(other.logits) - base)
     found = path_patch(model, variables, PAIRS, [(2, 1)], "q")
     np.testing.assert_allclose(found.effect[0, 3], expected, rtol=1e-3)
+    in_batches = path_patch(model, variables, PAIRS, [(2, 1)], "q", batch=2)
+    np.testing.assert_allclose(in_batches.effect, found.effect, atol=1e-5)
+    np.testing.assert_allclose(in_batches.clean, found.clean, rtol=1e-5)
     np.testing.assert_array_equal(found.effect[2, 1], 0)
 
 
@@ -127,12 +130,12 @@ def test_forced_attention_is_a_patched_pattern():
     model, variables = MODELS["llama"], VARIABLES["llama"]
     reading = circuit_reuse.read(model, variables, CLEAN)
     rows = jnp.zeros((3, 8)).at[:, 2].set(0.5).at[:, 5].set(0.5)
-    found = circuit_reuse.logits_at_end(model, variables, reading, {(1, 2): rows}, ["pattern.2"])
+    found = circuit_reuse.at_end(model, variables, reading, {(1, 2): rows})
     patch = {"pattern.1": lambda pattern: pattern.at[:, 2, -1].set(rows)}
     expected = probing.probe(model, variables, {"tokens": CLEAN}, ["pattern.2"], patch)
-    np.testing.assert_allclose(found.logits[:, 0], expected.logits[:, -1], atol=1e-5)
-    np.testing.assert_allclose(found.sites["pattern.2"][:, :, 0], expected.sites["pattern.2"][:, :, -1], atol=1e-5)
-    attention = circuit_reuse.last_attention(model, variables, reading)
+    np.testing.assert_allclose(found.logits, expected.logits[:, -1], atol=1e-5)
+    np.testing.assert_allclose(found.attention[:, 2], expected.sites["pattern.2"][:, :, -1], atol=1e-5)
+    attention = circuit_reuse.at_end(model, variables, reading).attention
     np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
     both = circuit_reuse.attention_to(attention, jnp.array([[0, 1]] * 3))
     np.testing.assert_allclose(both, attention[..., 0] + attention[..., 1], rtol=1e-6)
@@ -201,9 +204,9 @@ def test_a_circuit_is_a_graph():
         (lambda *a: path_patch(*a, PAIRS._replace(corrupted=CLEAN), [(1, 0)]), "nothing to explain"),
         (lambda *a: path_patch(*a, PAIRS._replace(answers=CLEAN), [(1, 0)]), r"answers \(batch, 2\)"),
         (lambda *a: circuit_reuse.read(*a, CLEAN[0]), r"must be \(batch, time\)"),
-        (lambda *a: circuit_reuse.logits_at_end(*a, circuit_reuse.read(*a, CLEAN, position=2)), "up to their last"),
+        (lambda *a: circuit_reuse.at_end(*a, circuit_reuse.read(*a, CLEAN, position=2)), "up to their last"),
         (
-            lambda *a: circuit_reuse.logits_at_end(*a, circuit_reuse.read(*a, CLEAN), {(0, 0): jnp.ones((3, 9))}),
+            lambda *a: circuit_reuse.at_end(*a, circuit_reuse.read(*a, CLEAN), {(0, 0): jnp.ones((3, 9))}),
             r"weights must be \(batch, up to 8 keys\)",
         ),
         (lambda *a: circuit_reuse.ov_copying(*a, tokens=[31]), r"in 0 \.\. 30"),

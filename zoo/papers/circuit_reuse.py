@@ -42,7 +42,7 @@ import numpy as np
 
 from zoo.backbones.decoder_lm import DecoderLM, DecoderState
 from zoo.errors import unknown
-from zoo.probing import Patch, Probe, probe
+from zoo.probing import Patch, probe
 from zoo.registry import Paper, register_analysis
 
 PAPER = Paper(
@@ -62,6 +62,7 @@ register_analysis(PAPER)
 Component = Literal["q", "k", "v", "z"]
 Head = tuple[int, int]  # layer and head, from 0
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
+_READ_STEP = 32
 _LAYERS_AT_ONCE = 10  # of senders in one program: more waste work below the sender, fewer cost compilations
 
 
@@ -155,7 +156,8 @@ def read(
         window = getattr(model.config.make_mixer(layer, parent=None), "window", None)
         if window is not None and window <= time:
             raise ValueError(f"prompts of {time} tokens are as long as layer {layer}'s window of {window}; use 'brute'")
-    before, rest = int(places.max()), int((counts - places).max())
+    # Read up to a multiple of some tokens, so that prompts of nearly the same length share a program.
+    before, rest = min(-(-int(places.max()) // _READ_STEP) * _READ_STEP, time), int((counts - places).max())
     state = model.init_state(batch, time)
     if before:
         state = _prefill(model, variables, tokens[:, :before], np.arange(before) < places[:, None], state)
@@ -170,7 +172,7 @@ def read(
     )
 
 
-def _places(lengths: np.ndarray, time: int, position: int | Sequence[int] | jax.Array) -> np.ndarray:
+def _places(lengths: np.ndarray, time: int, position: Any) -> np.ndarray:
     """(batch,) positions from 0."""
     if lengths.ndim != 1 or not ((lengths >= 1) & (lengths <= time)).all():
         raise ValueError(f"lengths must be (batch,) in 1 .. {time}, got {lengths}")
@@ -204,6 +206,7 @@ def path_patch(
     position: int | Sequence[int] | jax.Array = -1,
     freeze_mlps: bool = False,
     method: Literal["fast", "brute"] = "fast",
+    batch: int | None = None,
 ) -> Patching:
     """The effect of each head on the answer through some receivers; see the module's docstring.
 
@@ -218,6 +221,7 @@ def path_patch(
         corrupted prompts of the clean ones' lengths.
       freeze_mlps: MLPs at the position keep their clean outputs in the first run.
       method: "fast" or "brute".
+      batch: prompts that are run at a time; None is all. Means are those of all prompts in any case.
 
     Raises:
       ValueError: a head, site, component or method does not exist, a shape is wrong, or clean and corrupted prompts
@@ -227,20 +231,31 @@ def path_patch(
     if method not in ("fast", "brute"):
         raise unknown("method", method, ("fast", "brute"))
     _check_pairs(pairs, position)
-    layers, heads = model.config.layers, model.config.heads
-    run = _prepare(model, variables, pairs, position, brute=method == "brute")
+    total, (layers, heads) = len(pairs.clean), (model.config.layers, model.config.heads)
+    batch = total if batch is None else batch
+    if batch < 1:
+        raise ValueError(f"batch must be positive, got {batch}")
     lowest = min(layer for _, layer, _ in sites)
-    measured = np.full((layers, heads), run.clean.mean(), np.float32)
     step = layers if method == "brute" else _LAYERS_AT_ONCE
-    for start in range(0, lowest + 1, step):
-        chosen = jnp.arange(start, min(start + step, lowest + 1))
-        options = (model, sites, freeze_mlps, None if method == "brute" else start)
-        measured[start : start + step][: len(chosen)] = _measure(*options, variables, run, pairs.answers, chosen)
-    effect = _normalized(measured, run)
+    places = np.broadcast_to(np.asarray(position), (total,))
+    summed = np.zeros((layers, heads), np.float32)
+    differences = []
+    for first in range(0, total, batch):
+        part = Pairs(*(value[first : first + batch] for value in pairs))
+        run = _prepare(model, variables, part, places[first : first + batch], brute=method == "brute")
+        differences.append((run.clean, run.corrupted))
+        measured = np.full((layers, heads), run.clean.mean(), np.float32)
+        for start in range(0, lowest + 1, step):
+            chosen = jnp.arange(start, min(start + step, lowest + 1))
+            options = (model, sites, freeze_mlps, None if method == "brute" else start)
+            measured[start : start + len(chosen)] = _measure(*options, variables, run, part.answers, chosen)
+        summed += measured * len(part.clean)
+    clean, corrupted = (np.concatenate(row) for row in zip(*differences, strict=True))
+    effect = _normalized(summed / total, clean, corrupted)
     for receiver in receivers:
         if not isinstance(receiver, str):
             effect[receiver] = 0
-    return Patching(effect, np.asarray(run.clean), np.asarray(run.corrupted))
+    return Patching(effect, clean, corrupted)
 
 
 def final_stream(model: DecoderLM) -> list[str]:
@@ -258,7 +273,8 @@ def activation_patch(
     _check_pairs(pairs, position)
     run = _prepare(model, variables, pairs, position, brute=False)
     measured = np.asarray(_activation(model, variables, run, pairs.answers))
-    return Patching(_normalized(measured, run), np.asarray(run.clean), np.asarray(run.corrupted))
+    clean, corrupted = np.asarray(run.clean), np.asarray(run.corrupted)
+    return Patching(_normalized(measured, clean, corrupted), clean, corrupted)
 
 
 def _check_pairs(pairs: Pairs, position: int | Sequence[int] | jax.Array) -> None:
@@ -318,9 +334,7 @@ class _Run(NamedTuple):
     sender: jax.Array  # corrupted z at the position, (layers, batch, heads, head_dim)
 
 
-def _prepare(
-    model: DecoderLM, variables: Mapping[str, Any], pairs: Pairs, position: int | Sequence[int] | jax.Array, brute: bool
-) -> _Run:
+def _prepare(model: DecoderLM, variables: Mapping[str, Any], pairs: Pairs, position: Any, brute: bool) -> _Run:
     found = []
     for tokens, lengths in ((pairs.corrupted, pairs.corrupted_lengths), (pairs.clean, pairs.lengths)):
         if brute:
@@ -362,11 +376,11 @@ def _difference(
     return logits[:, 0] - logits[:, 1]
 
 
-def _normalized(measured: np.ndarray, run: _Run) -> np.ndarray:
-    clean, corrupted = float(run.clean.mean()), float(run.corrupted.mean())
-    if clean == corrupted:
-        raise ValueError(f"clean and corrupted prompts have one mean logit difference, {clean}: nothing to explain")
-    return (measured - clean) / (corrupted - clean)
+def _normalized(measured: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
+    low, high = float(clean.mean()), float(corrupted.mean())
+    if low == high:
+        raise ValueError(f"clean and corrupted prompts have one mean logit difference, {low}: nothing to explain")
+    return (measured - low) / (high - low)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -456,23 +470,22 @@ def _activation(model, variables, run, answers):
     return jax.lax.map(lambda layer: jax.vmap(measure, (None, 0))(layer, heads), layers)
 
 
-def logits_at_end(
-    model: DecoderLM,
-    variables: Mapping[str, Any],
-    reading: Reading,
-    rows: Mapping[Head, jax.Array] | None = None,
-    read: Sequence[str] = (),
-) -> Probe:
-    """Logits after prompts, where some heads attend at the last token as they are told to.
+class End(NamedTuple):
+    """What a model does at the last token of prompts."""
+
+    logits: jax.Array  # float32 (batch, vocabulary)
+    attention: jax.Array  # float32 (batch, layers, heads, keys), of the last token
+
+
+def at_end(
+    model: DecoderLM, variables: Mapping[str, Any], reading: Reading, rows: Mapping[Head, jax.Array] | None = None
+) -> End:
+    """Logits and attention of prompts' last tokens, where some heads attend as they are told to.
 
     Args:
       model, variables: as of `path_patch`.
       reading: of `read`, with position -1; one serves any number of interventions.
       rows: for a head (layer, head) the weights (batch, keys) of its last query, over the first keys (more have 0).
-      read: sites to read; their tokens are the last one only, patterns are (batch, heads, 1, keys).
-
-    Returns:
-      `Probe` with logits of shape (batch, 1, vocabulary).
 
     Raises:
       ValueError: a head does not exist, a shape is wrong, or the reading stops before the last token.
@@ -480,38 +493,33 @@ def logits_at_end(
     if reading.tokens.shape[1] != 1:
         raise ValueError(f"the prompts must be read up to their last token, {reading.tokens.shape[1]} are left")
     config, rows = model.config, dict(rows or {})
-    keys = reading.state.layers[0].key.shape[1]
+    batch, keys = len(reading.tokens), reading.state.layers[0].key.shape[1]
+    choice = np.full((config.layers, config.heads), -1, np.int32)
+    distinct: list[jax.Array] = []
     for (layer, head), weights in rows.items():
         if not (0 <= layer < config.layers and 0 <= head < config.heads):
             raise ValueError(f"head {(layer, head)} does not exist: there are {config.layers} layers of {config.heads}")
-        if weights.ndim != 2 or weights.shape[0] != len(reading.tokens) or weights.shape[1] > keys:
-            raise ValueError(
-                f"weights must be (batch, up to {keys} keys), the batch {len(reading.tokens)}, got {weights.shape}"
-            )
-    forced = {head: jnp.pad(jnp.asarray(row), ((0, 0), (0, keys - row.shape[1]))) for head, row in rows.items()}
-    return _forced(model, tuple(forced), tuple(read), variables, reading, tuple(forced.values()))
+        if weights.ndim != 2 or weights.shape[0] != batch or weights.shape[1] > keys:
+            raise ValueError(f"weights must be (batch, up to {keys} keys), the batch {batch}, got {weights.shape}")
+        same = [index for index, other in enumerate(distinct) if other is weights]
+        choice[layer, head] = same[0] if same else len(distinct)
+        distinct += [] if same else [weights]
+    padded = [np.pad(np.asarray(row), ((0, 0), (0, keys - row.shape[1]))) for row in distinct]
+    # Which heads and what they are told are values: one program serves all interventions.
+    return _at_end(model, variables, reading, choice, np.stack(padded or [np.zeros((batch, keys), np.float32)]))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _forced(model, heads, names, variables, reading, weights):
+@partial(jax.jit, static_argnums=0)
+def _at_end(model, variables, reading, choice, rows):
     def force(layer: int) -> Callable[[jax.Array], jax.Array]:
-        def change(pattern: jax.Array) -> jax.Array:
-            for (own, head), row in zip(heads, weights, strict=True):
-                if own == layer:
-                    pattern = pattern.at[:, head, 0].set(row.astype(pattern.dtype))
-            return pattern
+        chosen = choice[layer]  # (heads,)
+        told = jnp.moveaxis(rows[jnp.maximum(chosen, 0)], 0, 1)[:, :, None]  # (batch, heads, 1, keys)
+        return lambda pattern: jnp.where((chosen >= 0)[:, None, None], told.astype(pattern.dtype), pattern)
 
-        return change
-
-    patch = {f"pattern.{layer}": force(layer) for layer in {layer for layer, _ in heads}}
-    return probe(model, variables, reading.inputs, names, patch)
-
-
-def last_attention(model: DecoderLM, variables: Mapping[str, Any], reading: Reading) -> jax.Array:
-    """Attention of the last token: (batch, layers, heads, keys). Arguments and errors as of `logits_at_end`."""
     names = [f"pattern.{layer}" for layer in range(model.config.layers)]
-    found = logits_at_end(model, variables, reading, read=names).sites
-    return jnp.stack([found[name][:, :, 0] for name in names], axis=1)
+    patch: dict[str, Patch] = {name: force(layer) for layer, name in enumerate(names)}
+    found = probe(model, variables, reading.inputs, names, patch)
+    return End(found.logits[:, 0], jnp.stack([found.sites[name][:, :, 0] for name in names], axis=1))
 
 
 def attention_to(attention: jax.Array, positions: jax.Array) -> jax.Array:

@@ -92,10 +92,11 @@ def _interventions(model, variables, inputs) -> dict[str, Any]:
     embedding = nn.unbox(variables)["params"]["embed"]["embedding"]
     right, wrong = np.asarray(inputs["answer_ids"]).T
     parts = direct_logit_attribution(model, variables, {"tokens": tokens}, embedding[right] - embedding[wrong])
+    plain = circuit_reuse.at_end(model, variables, reading)
     return {
-        "logits_last": np.asarray(circuit_reuse.logits_at_end(model, variables, reading).logits[:, 0]),
-        "logits_last_forced": np.asarray(circuit_reuse.logits_at_end(model, variables, reading, forced).logits[:, 0]),
-        "pattern_last_query": np.asarray(circuit_reuse.last_attention(model, variables, reading)),
+        "logits_last": np.asarray(plain.logits),
+        "logits_last_forced": np.asarray(circuit_reuse.at_end(model, variables, reading, forced).logits),
+        "pattern_last_query": np.asarray(plain.attention),
         "direct_logit_attribution": np.asarray(parts[..., -1].transpose(2, 0, 1)),
         "copying_top5": circuit_reuse.ov_copying(model, variables, 5),
     }
