@@ -264,7 +264,7 @@ def _one_query(operands: Operands, options: Options) -> tuple[jax.Array, jax.Arr
 def _dot_each(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """`_dot` for each index of a leading axis; a loop where there are many, so that the program does not grow."""
     if len(x) > _MOST_UNROLLED:
-        return jax.lax.map(lambda pair: _dot(*pair, contract), (x, y))
+        return jax.lax.map(lambda pair: _dot(pair[0], pair[1], contract), (x, y))
     return jnp.stack([_dot(a, b, contract) for a, b in zip(x, y, strict=True)])
 
 

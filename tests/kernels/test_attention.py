@@ -37,6 +37,7 @@ def test_chunked_equals_reference(case: Case):
     [
         Case(batch=1, queries=1100, keys=1100, causal=True),  # several spans, the last one shorter
         Case(batch=1, queries=700, keys=1300, causal=True, window=(90, None)),  # ranges that slide
+        Case(batch=9, queries=1, keys=5),  # steps of more sequences than are compiled apart
         Case(batch=1, queries=700, keys=300, window=(None, 20), sinks=True),  # rows that see no key
         Case(batch=1, queries=1300, keys=700, window=40, bias=(False, True, True, True), dropout_rate=0.1),
         Case(batch=1, queries=2500, keys=2500, heads=2, key_heads=1, causal=True, dtype="bfloat16"),

@@ -517,7 +517,7 @@ def _at_end(model, variables, reading, choice, rows):
         return lambda pattern: jnp.where((chosen >= 0)[:, None, None], told.astype(pattern.dtype), pattern)
 
     names = [f"pattern.{layer}" for layer in range(model.config.layers)]
-    patch: dict[str, Patch] = {name: force(layer) for layer, name in enumerate(names)}
+    patch = {name: force(layer) for layer, name in enumerate(names)}
     found = probe(model, variables, reading.inputs, names, patch)
     return End(found.logits[:, 0], jnp.stack([found.sites[name][:, :, 0] for name in names], axis=1))
 
