@@ -136,8 +136,6 @@ def steps(config: DeepSNPConfig, window: int) -> int:
 
 def receptive_field(config: DeepSNPConfig, window: int) -> np.ndarray:
     """First and last probe (inclusive) that each step of a window sees: int (T, 2)."""
-    first, last, length = np.zeros(1, int), np.zeros(1, int), window
-    # Forwards: what step t of an output sees of its input, put together from the back.
     lengths = [window]
     for slide in slides(config):
         lengths.append(slide.out(lengths[-1]))
