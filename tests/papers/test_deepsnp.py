@@ -72,7 +72,7 @@ def test_each_step_sees_its_receptive_field_alone():
     config = dataclasses.replace(SMALL, stem="strided", blocks=3)
     trunk = model.Trunk(config)
     x = X[:1, 0]
-    variables = random_parameters(trunk, x, False)
+    variables = random_parameters(trunk, x)
     variables["batch_stats"] = jax.tree.map(jnp.abs, variables["batch_stats"])
     run = jax.jit(lambda x: trunk.apply(variables, x, False))
     field = deepsnp.receptive_field(config, 200)

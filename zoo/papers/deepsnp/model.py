@@ -205,7 +205,7 @@ class Trunk(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """(N, W, 1) to (N, T, C)."""
         config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = Dropout(config.dropout)
