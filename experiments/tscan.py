@@ -56,7 +56,7 @@ class Config:
     num_heads: int = 4
     ff_dim: int = 64
     dropout: float = 0.3
-    epochs: int = 12
+    epochs: int = 8
     batch_size: int = 32
     # Rates of Adam; the first seed tries all, each network takes the best on the validation patients.
     rates: tuple[float, ...] = (1e-3, 3e-3)

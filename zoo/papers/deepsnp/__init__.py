@@ -27,15 +27,18 @@ import numpy as np
 from zoo.papers.deepsnp.analysis import (
     SequenceCalls,
     localization_delta,
+    middle_of_largest,
     predict_sequence,
     to_probes,
     window_metrics,
 )
 from zoo.papers.deepsnp.baselines import Baseline, BaselineConfig
 from zoo.papers.deepsnp.model import (
+    AttentionKind,
     DeepSNP,
     DeepSNPConfig,
     GatedBiGRU,
+    Stem,
     attention_pool,
     loss,
     receptive_field,
@@ -54,6 +57,7 @@ __all__ = [
     "attention_pool",
     "localization_delta",
     "loss",
+    "middle_of_largest",
     "predict_sequence",
     "published_rate",
     "receptive_field",
@@ -125,19 +129,20 @@ def weight_rules(config: DeepSNPConfig) -> list[Rule]:
     ]
 
 
-# Trainable parameters; the published counts hold the norms' statistics too, 2 x (16 + 64 + 112 + 160 + 208 + 256).
-_COUNTS = {"no_att": 1_154_610, "final_att": 1_155_636, "full_att": 1_155_941}
+# Trainable parameters; the published counts hold the norms' statistics too.
 _STATISTICS = 2 * (16 + 64 + 112 + 160 + 208 + 256)
+_ATTENTIONS: dict[str, tuple[AttentionKind, int]] = {
+    "no_att": ("none", 1_154_610),
+    "final_att": ("final", 1_155_636),
+    "full_att": ("full", 1_155_941),
+}
+_STEMS: dict[str, Stem] = {"v1": "dilated", "v2": "strided"}
 register(
     PAPER,
     *(
-        Variant(
-            f"deepsnp_{version}_{name}",
-            DeepSNPConfig(stem=stem, attention=attention),
-            _COUNTS[name] - _STATISTICS,
-        )
-        for version, stem in (("v1", "dilated"), ("v2", "strided"))
-        for name, attention in (("no_att", "none"), ("final_att", "final"), ("full_att", "full"))
+        Variant(f"deepsnp_{version}_{name}", DeepSNPConfig(stem=stem, attention=attention), count - _STATISTICS)
+        for version, stem in _STEMS.items()
+        for name, (attention, count) in _ATTENTIONS.items()
     ),
     example_inputs=example_inputs,
     weight_rules=weight_rules,

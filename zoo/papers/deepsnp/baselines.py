@@ -77,8 +77,8 @@ class GatedBiLSTM(nn.Module):
         """(N, T, C) to (N, T, 2 units)."""
 
         def both(name: str) -> Any:
-            cells = (nn.OptimizedLSTMCell(self.units) for _ in range(2))
-            return nn.Bidirectional(*(nn.RNN(cell) for cell in cells), name=name)(x)
+            forward, backward = (nn.RNN(nn.OptimizedLSTMCell(self.units)) for _ in range(2))
+            return nn.Bidirectional(forward, backward, name=name)(x)
 
         return both("value") * nn.sigmoid(both("gate"))
 

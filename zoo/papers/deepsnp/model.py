@@ -136,8 +136,6 @@ def steps(config: DeepSNPConfig, window: int) -> int:
 
 def receptive_field(config: DeepSNPConfig, window: int) -> np.ndarray:
     """First and last probe (inclusive) that each step of a window sees: int (T, 2)."""
-    first, last, length = np.zeros(1, int), np.zeros(1, int), window
-    # Forwards: what step t of an output sees of its input, put together from the back.
     lengths = [window]
     for slide in slides(config):
         lengths.append(slide.out(lengths[-1]))
@@ -207,7 +205,7 @@ class Trunk(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """(N, W, 1) to (N, T, C)."""
         config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         drop = Dropout(config.dropout)
