@@ -14,6 +14,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -237,8 +238,8 @@ def language(config: Config, folder: train.Run, force: bool) -> tuple[reports.Cl
     cut = len(text) * 9 // 10
     count = max(count_parameters(network(mixer, training)) for mixer in training.mixers)
 
-    def batch(index: int, part: np.ndarray) -> dict[str, np.ndarray]:
-        starts = np.random.default_rng(index).integers(0, len(part) - training.length - 1, training.batch_size)
+    def batch(index: int, part: np.ndarray, first: int = 0) -> dict[str, np.ndarray]:
+        starts = np.random.default_rng(first + index).integers(0, len(part) - training.length - 1, training.batch_size)
         rows = part[starts[:, None] + np.arange(training.length + 1)].astype(np.int32)
         return {"tokens": rows[:, :-1], "labels": rows[:, 1:]}
 
@@ -250,7 +251,7 @@ def language(config: Config, folder: train.Run, force: bool) -> tuple[reports.Cl
         for seed in training.seeds:
             path = folder.path / "runs" / f"{mixer}_seed{seed}"
             variables = train.fit_generated(
-                model, loss_of(model), lambda index, seed=seed: batch(1_000_000 * (seed + 1) + index, text[:cut]),
+                model, loss_of(model), partial(batch, part=text[:cut], first=1_000_000 * (seed + 1)),
                 train.open_run(path, config, resume=folder.resume, force=force), steps=training.steps,
                 learning_rate=training.learning_rate, seed=seed,
             )  # fmt: skip
@@ -297,21 +298,21 @@ def instance_errors(time: int = 48, width: int = 8) -> dict[str, float]:
     key = key / jnp.linalg.norm(key, axis=-1, keepdims=True)
     eta, alpha = jax.nn.sigmoid(normal(2, time)), jax.nn.sigmoid(normal(2, time) + 2)
     columns = jax.nn.sigmoid(normal(2, time, width) + 2)
-    one = [x[:, :, None] for x in (query, key, value)]  # a head
+    q, k, v = (x[:, :, None] for x in (query, key, value))  # a head
     decay = jnp.log(alpha)[..., None]
-    linear = {"feature_map": "identity", "normalize": False}
     head = jnp.array([0.9, 0.97])
     of_head = jnp.broadcast_to(jnp.log(head)[:, None, None], decay.shape)
-    gates = [jnp.zeros((2, time, 1, 1)), None, 0.5 * eta[..., None, None]]
+    beta, none = eta[..., None], jnp.zeros((2, time, 1, 1))
     zeros = (jnp.zeros((1, width, width)),)
-    pairs = {
-        "linear_attention": ({}, linear_attention(*one, scale=1.0, **linear)),
-        "retnet": ({"alpha": head}, linear_attention(*one, decay=of_head, scale=1.0, **linear)),
-        "mamba2": ({"alpha": alpha}, linear_attention(*one, decay=decay, scale=1.0, **linear)),
-        "gla": ({"alpha": columns}, linear_attention(*one, decay=jnp.log(columns)[:, :, None], scale=1.0, **linear)),
-        "deltanet": ({"eta": eta}, delta_rule(*one, eta[..., None], scale=1.0)),
-        "gated_deltanet": ({"eta": eta, "alpha": alpha}, delta_rule(*one, eta[..., None], decay=decay, scale=1.0)),
-        "ttt_linear": ({"eta": eta}, neural_memory(*one, *gates, zeros, chunk_size=1)),
+    pairs: dict[str, tuple[dict[str, jax.Array], tuple[jax.Array, Any]]] = {
+        "linear_attention": ({}, linear_attention(q, k, v, scale=1.0)),
+        "retnet": ({"alpha": head}, linear_attention(q, k, v, decay=of_head, scale=1.0)),
+        "mamba2": ({"alpha": alpha}, linear_attention(q, k, v, decay=decay, scale=1.0)),
+        "gla": ({"alpha": columns}, linear_attention(q, k, v, decay=jnp.log(columns)[:, :, None], scale=1.0)),
+        "deltanet": ({"eta": eta}, delta_rule(q, k, v, beta, scale=1.0)),
+        "gated_deltanet": ({"eta": eta, "alpha": alpha}, delta_rule(q, k, v, beta, decay=decay, scale=1.0)),
+        # Without a half, Titans' gradient is twice as long.
+        "ttt_linear": ({"eta": eta}, neural_memory(q, k, v, none, None, beta[..., None] / 2, zeros, chunk_size=1)),
     }
     found = {}
     for name, (options, (expected, _)) in pairs.items():

@@ -36,11 +36,15 @@ class Case:
         if self.tokens is not None:
             memory = RetainedState(*layers, jnp.asarray(self.tokens, jnp.int32))
         norm = arrays.pop("norm_scale"), arrays.pop("norm_bias")
-        return retained_memory(
+        out, state = retained_memory(
             **arrays, memory=memory, norm=norm, bias=BIASES[self.retention], retention=self.retention,
             chunk_size=self.chunk_size, lengths=None if self.lengths is None else jnp.asarray(self.lengths),
             implementation=implementation,
         )  # fmt: skip
+        if self.lengths is not None:  # the outputs of tokens that do not exist mean nothing
+            exists = jnp.arange(self.time) < jnp.asarray(self.lengths)[:, None]
+            out = jnp.where(exists[..., None, None], out, 0)
+        return out, state
 
     def arrays(self):
         rng = np.random.default_rng(0)
@@ -48,7 +52,7 @@ class Case:
         shape = (batch, self.time, self.heads, self.width)
         leading = (self.heads,) if self.tokens is None else (batch, self.heads)
         arrays = {"query": unit(normal(rng, *shape)), "key": unit(normal(rng, *shape)), "value": normal(rng, *shape)}
-        arrays |= {"alpha": jax.nn.sigmoid(normal(rng, *shape) + 3), "eta": 0.05 * jax.nn.sigmoid(normal(rng, *shape))}
+        arrays |= {"alpha": jax.nn.sigmoid(normal(rng, *shape) + 3), "eta": 0.01 * jax.nn.sigmoid(normal(rng, *shape))}
         arrays |= {"delta": 1 + jax.nn.softplus(normal(rng, *shape[:3]))}
         arrays |= {"norm_scale": 1 + 0.1 * normal(rng, self.heads, self.width)}
         arrays |= {"norm_bias": 0.1 * normal(rng, self.heads, self.width)}
@@ -134,8 +138,8 @@ def test_biases_are_gradients_of_their_losses(name):
     assert loss.shape == (5,) and gradient.shape == (5, 4)
     expected = jax.grad(lambda x: attentional_bias(name, x, target, **options)[0].sum())(prediction)
     # Signs are smooth in gradients, not in losses: they differ where a residual is near zero.
-    np.testing.assert_allclose(gradient, expected, atol=0.25, rtol=1e-3)
-    np.testing.assert_allclose(np.median(np.abs(gradient - expected)), 0.0, atol=1e-3)
+    far = np.abs(prediction - target) > 0.4
+    np.testing.assert_allclose(gradient[far], expected[far], rtol=2e-3)
 
 
 @pytest.mark.parametrize(
