@@ -56,9 +56,11 @@ class Case:
         arrays |= {"delta": 1 + jax.nn.softplus(normal(rng, *shape[:3]))}
         arrays |= {"norm_scale": 1 + 0.1 * normal(rng, self.heads, self.width)}
         arrays |= {"norm_bias": 0.1 * normal(rng, self.heads, self.width)}
+        # Logarithms far apart: of weights that are nearly equal the layer norm would amplify rounding.
+        spread = 4.0 if self.retention == "kl" else 1.0
         for name in ("kept", "learned_at"):
-            arrays[f"{name}_0"] = normal(rng, *leading, self.hidden, self.width) / self.width**0.5
-            arrays[f"{name}_1"] = normal(rng, *leading, self.width, self.hidden) / self.hidden**0.5
+            arrays[f"{name}_0"] = spread * normal(rng, *leading, self.hidden, self.width) / self.width**0.5
+            arrays[f"{name}_1"] = spread * normal(rng, *leading, self.width, self.hidden) / self.hidden**0.5
         arrays |= {f"scale_{i}": 2 + jax.nn.sigmoid(normal(rng, *leading)) for i in (0, 1)}
         return arrays
 
