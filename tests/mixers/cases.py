@@ -163,4 +163,16 @@ CASES = [
         {"heads": 2, "chunk_size": 2, "segment_len": 6, "num_memory_tokens": 3, "num_persistent_tokens": 0}, slow=True,
         tolerance=3e-4,
     ),
+    Case(
+        "moneta", "cubes", {"heads": 2, "memory_expansion": 2, "chunk_size": 4, "gate_rank": 4}, bidirectional=False,
+        tolerance=3e-4,
+    ),
+    Case(
+        "yaad", "huber", {"heads": 2, "memory_expansion": 2, "chunk_size": 4, "gate_rank": 4}, bidirectional=False,
+        tolerance=3e-4,
+    ),
+    Case(
+        "memora", "softmax", {"heads": 2, "memory_expansion": 2, "chunk_size": 4, "gate_rank": 4}, bidirectional=False,
+        tolerance=3e-4,
+    ),
 ]  # fmt: skip

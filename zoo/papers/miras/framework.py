@@ -133,12 +133,13 @@ def retention(
     alpha: jax.Array | float = 1.0,
     **options: Any,
 ) -> jax.Array:
-    """One step of a retention (Behrouz et al. 2025, section 4.3 and 5.2): the weights after a gradient.
+    """The weights after one gradient (Behrouz et al. 2025, sections 4.3 and 5.2).
 
     "none" W - eta G; "l2" alpha W - eta G; "lq" the sum A = alpha A - eta G, divided by |A|_q^(q - 2); "kl" mass *
     softmax(alpha log W - eta G) over the inputs of each output; "f_divergence" (chi-square) W max(1 - zeta - eta G, 0),
     each row keeping its mass; "elastic" the soft threshold of lambda (W - eta G), lambda = beta / (beta + eta), at eta
-    beta / (a (eta + beta)); "elastic_ftrl" of the sum A - eta G at eta / a; "bregman_sigmoid" sigmoid(logit(W) - eta G).
+    beta / (a (eta + beta)); "elastic_ftrl" that of the sum A - eta G at eta / a; "bregman_sigmoid" sigmoid(logit(W) -
+    eta G).
     In "lq" and "elastic_ftrl" the argument is the sum and not its link.
 
     Args:
@@ -214,7 +215,8 @@ def framework_scan(
         raise ValueError(f"an implicit step has a closed form for the bias 'l2' only, got {bias!r}")
     if query.shape != key.shape or query.ndim != 3 or value.shape[:2] != key.shape[:2] or value.ndim != 3:
         raise ValueError(
-            f"query and key must be (batch, time, D), value (batch, time, E), got {query.shape}, {key.shape}, {value.shape}"
+            "query and key must be (batch, time, D), value (batch, time, E), "
+            f"got {query.shape}, {key.shape}, {value.shape}"
         )
     batch, time, width = key.shape
     if eta.shape != (batch, time):
@@ -240,8 +242,8 @@ def framework_scan(
         return (kept, weights, push), jnp.einsum("bed,bd->be", weights, query, precision="highest")
 
     kept = rule.start(memory, chosen)
-    # Before the first token there is no eta that would shrink.
-    first = memory if retention == "elastic_ftrl" else rule.read(kept, chosen)
+    # Sums that a link turns into weights start as the weights themselves.
+    first = memory if retention in ("lq", "elastic_ftrl") else rule.read(kept, chosen)
     sequence = jax.tree.map(lambda x: x.swapaxes(0, 1), (query, key, value, eta, columns))
     (_, weights, _), y = jax.lax.scan(token, (kept, first, jnp.zeros(shape)), sequence)
     return y.swapaxes(0, 1), weights
@@ -289,7 +291,10 @@ class Instance:
           ValueError: the memory is no matrix, or alpha missing.
         """
         if self.bias is None or self.retention is None or self.memory != "matrix":
-            raise ValueError(f"an instance with the memory {self.memory!r} runs as the mixer {self.mixer!r}")
+            raise ValueError(
+                f"the framework runs a memory that is a matrix, got {self.memory!r}"
+                + (f"; this instance is the mixer {self.mixer!r}" if self.mixer else "")
+            )
         if (alpha is None) != (self.gates == "none"):
             raise ValueError(
                 f"an instance with gates {self.gates!r} {'takes no' if self.gates == 'none' else 'needs'} alpha"
@@ -309,13 +314,13 @@ INSTANCES: Mapping[str, Instance] = {
     "lightning": Instance("matrix", "dot", "l2", mixer="retnet", gates="head"),
     "mamba2": Instance("matrix", "dot", "l2", mixer="ssd", gates="token"),
     "gla": Instance("matrix", "dot", "l2", mixer="gla", gates="columns"),
-    "s6": Instance("matrix", "dot", "l2", mixer="s6", gates="columns"),
+    "s6": Instance("a row of states for each channel", "dot", "l2", mixer="s6", gates="columns"),
     "deltanet": Instance("matrix", "l2", "none", mixer="deltanet"),
     "longhorn": Instance("matrix", "l2", "none", "implicit GD", implicit=True),
     "ttt_linear": Instance("matrix", "l2", "none", mixer="titans_lmm"),
     "gated_deltanet": Instance("matrix", "l2", "l2", mixer="gated_deltanet", gates="token", decay_first=True),
     "rwkv7": Instance("matrix", "l2", "l2", gates="columns"),
-    "delta_product": Instance("matrix", "l2", "l2", "several steps of GD", gates="token"),
+    "delta_product": Instance("matrix, several keys a token", "l2", "l2", "several steps of GD", gates="token"),
     "ttt_mlp": Instance("MLP of 2 layers", "l2", "none", mixer="titans_lmm"),
     "titans_lmm": Instance("MLP", "l2", "l2", "GD with momentum", mixer="titans_lmm", gates="token"),
     "transformer": Instance("all keys and values", "l2", None, "Nadaraya-Watson's closed form", mixer="softmax"),
