@@ -103,7 +103,8 @@ PRESETS = {
         test_directions=4, test_points=16, pairs=4, passes=2, ascents=(1, 2), kappas=(1.0,),
     ),
     "paper": Config(
-        points=2048, code=256, epochs=301, batch_size=128, optimizer="sgd", costs=COSTS, kinds=KINDS, ascent=50, ascent_rate=1e-4,
+        points=2048, code=256, epochs=301, batch_size=128, optimizer="sgd",
+        costs=COSTS, kinds=KINDS, ascent=50, ascent_rate=1e-4,
     ),
 }  # fmt: skip
 

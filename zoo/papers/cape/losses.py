@@ -117,6 +117,7 @@ def rollout_loss(
             inner = t < frames - 1  # the last step has no intermediate loss
             running = running + jnp.where(inner, relative_l2(intermediate, wanted), 0.0)
             total = total + jnp.where(inner, c * running, 0.0)
+        following = following.astype(target.dtype)
         u = jnp.where(t < border, following, target)
         return (u, changed if train else state, total, running), following
 
@@ -135,7 +136,7 @@ def rollout(model: CAPEModel, variables: Any, u0: jax.Array, parameters: jax.Arr
     condition = model.apply(variables, parameters, method="condition")
 
     def step(u: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        following: jax.Array = model.apply(variables, u, condition, method="step")[0]
+        following = model.apply(variables, u, condition, method="step")[0].astype(u.dtype)
         return following, following
 
     _, fields = jax.lax.scan(step, u0, None, length=steps)

@@ -196,6 +196,7 @@ class CAPEBlock(nn.Module):
         """The intermediate field: (B, *grid, C) and (B, 3, W) to (B, *grid, C embeddings)."""
         config = self.config
         check_field(u, config)
+        (u,) = nn.dtypes.promote_dtype(u, dtype=self.dtype)
         batch, ones = u.shape[0], (1,) * config.dims
         spectral_gate, pointwise_gate, depthwise_gate = (
             gates[:, index].reshape(batch, *ones, config.widening) for index in range(3)
@@ -368,6 +369,7 @@ class CAPEModel(nn.Module):
         """
         config = self.config
         check_field(u, config)
+        (u,) = nn.dtypes.promote_dtype(u, dtype=self.dtype)
         inputs, intermediate = [u], None
         if config.conditioning == "cape":
             intermediate = self.block.embed(u, condition)

@@ -179,7 +179,11 @@ class PCNCapsAE(nn.Module):
         square = jnp.broadcast_to(square, (copies, len(capsules), config.latent, 2))
         inputs = jnp.concatenate([square, jnp.broadcast_to(capsules, (copies, *capsules.shape))], -1)
         folds = nn.vmap(
-            _Fold, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=(0, None)
+            _Fold,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            in_axes=(0, None),
+            metadata_params={nn.PARTITION_NAME: None},
         )(own, name="folds")(inputs, train)
         return capsules, jnp.moveaxis(folds, 0, 1).reshape(-1, config.points, 3)
 
