@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import zoo
+from tests.kernels.compile import assert_holds_kernel
 from tests.parameters import random_parameters
 from zoo import registry
 from zoo.papers import patchct
@@ -240,3 +241,10 @@ def test_wrong_input_says_so():
         init(jnp.zeros((1, 32, 32, 3)), jnp.zeros((5, 7), int))
     with pytest.raises(TypeError, match=r"tokens must be integers \(texts, tokens\), got float32"):
         init(jnp.zeros((1, 32, 32, 3)), jnp.zeros((5, 6)))
+
+
+@pytest.mark.slow
+def test_the_programs_for_a_tpu_and_a_gpu_hold_the_kernel():
+    sets = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((2, 784, 512), (80, 512), (2, 80))]
+    kernels = {"tpu-v5e": "attention_forward", "h100": "attention_gpu_forward"}
+    assert_holds_kernel(conditional_transport, sets, kernels)

@@ -444,18 +444,13 @@ def loss(model: Any) -> Callable:
 
     def loss_function(params, model_state, batch, rngs, train):
         y = batch["labels"]
-        found = model.apply({"params": params}, batch["images"], _prompts(batch["tokens"]), y)
+        found = model.apply({"params": params}, batch["images"], batch["tokens"], y)
         base = asymmetric_loss(found.logits, y, config.positive_focus, config.negative_focus, config.shift) / len(y)
         transport = jnp.zeros(()) if found.costs is None else found.costs.sum(axis=(1, 2)).mean()
         value = base + config.transport_weight * transport
         return value, (model_state, {"transport": transport, "asymmetric": base})
 
     return loss_function
-
-
-def _prompts(tokens: jax.Array) -> jax.Array:
-    """Prompts (M, T); of a batch of them, which are all the same, the first."""
-    return tokens[0] if tokens.ndim == 3 else tokens
 
 
 class MultilabelMetrics(NamedTuple):
