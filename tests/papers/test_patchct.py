@@ -49,8 +49,9 @@ def test_streaming_equals_the_definition_forward_and_backward(weights):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), gradients, expected_gradients)
     np.testing.assert_array_equal(costs[2], 0)  # an image without a label
     assert all(np.isfinite(x).all() for x in gradients)
-    fewer = jax.jit(partial(conditional_transport, most=2))(patches, labels, y, 0.3, weights)
-    np.testing.assert_allclose(fewer, expected, atol=1e-5)
+    for implementation in both:
+        few = jax.jit(partial(conditional_transport, most=2, implementation=implementation))
+        np.testing.assert_allclose(few(patches, labels, y, 0.3, weights), expected, atol=1e-5)
 
 
 def test_plans_are_distributions_and_absent_labels_get_nothing():
@@ -212,6 +213,7 @@ def test_published_names_go_in_and_out():
     [
         ({"ct_layers": (3,)}, r"ct_layers must be among 1 \.\. 2, got \(3,\)"),
         ({"tau": 0.0}, "tau must be positive, got 0"),
+        ({"transport": "fast"}, "transport must be 'streaming' or 'dense', got 'fast'"),
         ({"transport_weight": -1.0}, "transport_weight must not be negative"),
         ({"adapter_reduction": 9}, "adapter_reduction must leave a unit of 8, got 9"),
         ({"image_size": (30, 32)}, "image_size must be two multiples of patch_size 8"),
