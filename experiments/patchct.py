@@ -76,6 +76,7 @@ class Cost:
 _SMALL = PatchCTConfig(
     image_size=(48, 48), patch_size=8, vision_width=64, vision_layers=3, vision_heads=4, text_width=32, text_layers=1,
     text_heads=2, context_length=3, vocab_size=16, embed_dim=64, resolution=(48, 48), labels=10, tau=0.1,
+    transport="dense",
 )  # fmt: skip
 
 
@@ -422,12 +423,16 @@ def cost(config: Config, trainer: Trainer) -> tuple[reports.Claim, Figure]:
     patches = jnp.asarray(rng.standard_normal((options.images, options.patches, options.width)), jnp.float32)
     labels = jnp.asarray(rng.standard_normal((options.labels, options.width)), jnp.float32)
     y = jnp.zeros((options.images, options.labels)).at[:, : min(3, options.most)].set(1)
+
+    def transported(e: jax.Array, m: jax.Array, *, form: str, most: int | None) -> jax.Array:
+        return patchct.ct_loss(e, m, y, implementation=form, most=most)
+
     functions: dict[str, Callable[[Any, Any], Any]] = {
-        "dense": lambda e, m: patchct.ct_loss(e, m, y, implementation="dense"),
-        "streaming": lambda e, m: patchct.ct_loss(e, m, y),
-        f"streaming, at most {options.most} labels": lambda e, m: patchct.ct_loss(e, m, y, most=options.most),
-        "Sinkhorn, 20 iterations": lambda e, m: patchct.sinkhorn_transport(e, m, y).mean(),
+        form + (f", at most {most} labels" if most else ""): partial(transported, form=form, most=most)
+        for form in ("dense", "streaming")
+        for most in (None, options.most)
     }
+    functions["Sinkhorn, 20 iterations"] = lambda e, m: patchct.sinkhorn_transport(e, m, y).mean()
     times = {}
     for name, function in functions.items():
         gradient = partial(jax.jit(jax.value_and_grad(function, (0, 1))), patches, labels)

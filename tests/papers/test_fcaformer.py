@@ -14,6 +14,7 @@ import pytest
 import zoo
 from kernels import attention
 from tests import macs
+from tests.kernels.compile import assert_holds_kernel
 from tests.parameters import random_parameters
 from zoo import registry, train
 from zoo.papers import fcaformer
@@ -278,3 +279,12 @@ def test_wrong_input_says_so():
     block = fcaformer.FcaBlock(2, (4, 4), sources=2)
     with pytest.raises(ValueError, match="expected 2 cross tokens of 2 blocks on a map of 4 x 4, got 3"):
         jax.eval_shape(block.init, jax.random.key(0), jnp.zeros((1, 4, 4, 8)), jnp.zeros((1, 3, 8)))
+
+
+@_SLOW
+def test_the_programs_for_a_tpu_and_a_gpu_hold_the_kernel():
+    block = fcaformer.FcaBlock(10, (14, 14), sources=3)
+    x, cross = (jax.ShapeDtypeStruct(size, jnp.float32) for size in ((2, 14, 14, 320), (2, 48, 320)))
+    variables = nn.unbox(jax.eval_shape(block.init, jax.random.key(0), x, cross))
+    kernels = {"tpu-v5e": "attention_forward", "h100": "attention_gpu_forward"}
+    assert_holds_kernel(block.apply, [variables, x, cross], kernels)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import zoo
+from tests.kernels.compile import assert_holds_kernel
 from tests.parameters import random_parameters
 from zoo import registry
 from zoo.papers import patchct
@@ -48,8 +49,9 @@ def test_streaming_equals_the_definition_forward_and_backward(weights):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), gradients, expected_gradients)
     np.testing.assert_array_equal(costs[2], 0)  # an image without a label
     assert all(np.isfinite(x).all() for x in gradients)
-    fewer = jax.jit(partial(conditional_transport, most=2))(patches, labels, y, 0.3, weights)
-    np.testing.assert_allclose(fewer, expected, atol=1e-5)
+    for implementation in both:
+        few = jax.jit(partial(conditional_transport, most=2, implementation=implementation))
+        np.testing.assert_allclose(few(patches, labels, y, 0.3, weights), expected, atol=1e-5)
 
 
 def test_plans_are_distributions_and_absent_labels_get_nothing():
@@ -211,6 +213,7 @@ def test_published_names_go_in_and_out():
     [
         ({"ct_layers": (3,)}, r"ct_layers must be among 1 \.\. 2, got \(3,\)"),
         ({"tau": 0.0}, "tau must be positive, got 0"),
+        ({"transport": "fast"}, "transport must be 'streaming' or 'dense', got 'fast'"),
         ({"transport_weight": -1.0}, "transport_weight must not be negative"),
         ({"adapter_reduction": 9}, "adapter_reduction must leave a unit of 8, got 9"),
         ({"image_size": (30, 32)}, "image_size must be two multiples of patch_size 8"),
@@ -240,3 +243,10 @@ def test_wrong_input_says_so():
         init(jnp.zeros((1, 32, 32, 3)), jnp.zeros((5, 7), int))
     with pytest.raises(TypeError, match=r"tokens must be integers \(texts, tokens\), got float32"):
         init(jnp.zeros((1, 32, 32, 3)), jnp.zeros((5, 6)))
+
+
+@pytest.mark.slow
+def test_the_programs_for_a_tpu_and_a_gpu_hold_the_kernel():
+    sets = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((2, 784, 512), (80, 512), (2, 80))]
+    kernels = {"tpu-v5e": "attention_forward", "h100": "attention_gpu_forward"}
+    assert_holds_kernel(conditional_transport, sets, kernels)

@@ -85,6 +85,7 @@ class PatchCTConfig(CLIPConfig):
       learn_tau: whether it is a parameter, `log_tau`.
       learn_scale: whether training changes `logit_scale`.
       transport_weight: of the sum of the transport costs in the loss.
+      transport: the form of `conditional_transport` that is computed; both give the same costs.
       positive_focus, negative_focus, shift: of the asymmetric loss.
       resolution: height and width in pixels of example inputs.
       labels: number of labels in example inputs.
@@ -96,6 +97,7 @@ class PatchCTConfig(CLIPConfig):
     learn_tau: bool = False
     learn_scale: bool = True
     transport_weight: float = 1.0
+    transport: Literal["streaming", "dense"] = "streaming"
     positive_focus: float = 1.0
     negative_focus: float = 4.0
     shift: float = 0.05
@@ -111,6 +113,8 @@ class PatchCTConfig(CLIPConfig):
             raise ValueError(f"ct_layers must be among 1 .. {self.vision_layers}, got {self.ct_layers}")
         if not self.tau > 0:
             raise ValueError(f"tau must be positive, got {self.tau}")
+        if self.transport not in ("streaming", "dense"):
+            raise ValueError(f"transport must be 'streaming' or 'dense', got {self.transport!r}")
         if self.transport_weight < 0:
             raise ValueError(f"transport_weight must not be negative, got {self.transport_weight}")
 
@@ -167,13 +171,22 @@ def plans(
     Arguments as of `conditional_transport`.
     """
     _check(patches, labels, y, patch_weights)
-    cosine = jnp.einsum("bnd,md->bnm", _unit(patches), _unit(labels), precision="highest")
     q, p = _masses(y, patch_weights, (patches.shape[0], patches.shape[1]))
+    return _navigate(_cosines(_unit(patches), _unit(labels)), q, p, tau)
+
+
+def _cosines(e: jax.Array, own: jax.Array) -> jax.Array:
+    """Of unit vectors (B, N, D) and (M, D), or (B, M, D): (B, N, M)."""
+    return jnp.einsum("bnd,md->bnm" if own.ndim == 2 else "bnd,bmd->bnm", e, own, precision="highest")
+
+
+def _navigate(cosine: jax.Array, q: jax.Array, p: jax.Array, tau: float | jax.Array) -> Plans:
+    def weighed(weights: jax.Array) -> jax.Array:
+        return jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), -jnp.inf)
+
     there = (q > 0).any(axis=1)[:, None, None]
-    logits = cosine / tau + jnp.where(q > 0, jnp.log(jnp.where(q > 0, q, 1)), -jnp.inf)[:, None]
-    forward = nn.softmax(jnp.where(there, logits, 0.0), axis=2) * there
-    logits = cosine / tau + jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), -jnp.inf)[:, :, None]
-    return Plans(forward, nn.softmax(logits, axis=1))
+    forward = nn.softmax(jnp.where(there, cosine / tau + weighed(q)[:, None], 0.0), axis=2) * there
+    return Plans(forward, nn.softmax(cosine / tau + weighed(p)[:, :, None], axis=1))
 
 
 def conditional_transport(
@@ -194,7 +207,7 @@ def conditional_transport(
 
     Gradients go through plans and costs. Since sum_m pi_m cos(e, l_m) = e . (sum_m pi_m l_m), both ways are softmax
     attention of unit vectors on unit vectors, of which "streaming" has two calls of the shared kernel: no (N, M) matrix
-    is stored. "dense" is the definition.
+    is stored. "dense" is the definition, and with few labels faster on a CPU.
 
     Args:
       patches: e, (B, N, D), of any length.
@@ -216,22 +229,20 @@ def conditional_transport(
         raise ValueError(f"implementation must be 'streaming' or 'dense', got {implementation!r}")
     batch, count, _ = patches.shape
     q, p = _masses(y, patch_weights, (batch, count))
-    if implementation == "dense":
-        there, back = plans(patches, labels, y, tau, patch_weights)
-        cost = 1 - jnp.einsum("bnd,md->bnm", _unit(patches), _unit(labels), precision="highest")
-        return jnp.stack(
-            [jnp.einsum("bn,bnm,bnm->b", p, there, cost), jnp.einsum("bm,bnm,bnm->b", q, back, cost)], axis=1
-        ) * (q.sum(axis=1, keepdims=True) > 0)  # fmt: skip
-    e, unit = _unit(patches), _unit(labels)
-    if most is None:
-        own = jnp.broadcast_to(unit, (batch, *unit.shape))
-    else:
+    e, own = _unit(patches), _unit(labels)
+    if most is not None:
         if not 1 <= most <= labels.shape[0]:
             raise ValueError(f"most must be in 1 .. {labels.shape[0]} labels, got {most}")
         q, chosen = jax.lax.top_k(q, most)
-        own = unit[chosen]
-    travel = _mean_cosine(e, own, q, tau), _mean_cosine(own, e, p, tau)
+        own = own[chosen]
     some = jnp.sum(q, axis=1)  # 1, or 0 without a label
+    if implementation == "dense":
+        cosine = _cosines(e, own)
+        there, back = _navigate(cosine, q, p, tau)
+        forward = some - jnp.einsum("bn,bnm,bnm->b", p, there, cosine)
+        return jnp.stack([forward, some - jnp.einsum("bm,bnm,bnm->b", q, back, cosine)], axis=1)
+    own = jnp.broadcast_to(own, (batch, *own.shape[-2:]))
+    travel = _mean_cosine(e, own, q, tau), _mean_cosine(own, e, p, tau)
     return jnp.stack([some - jnp.sum(p * travel[0], axis=1) * some, some - jnp.sum(q * travel[1], axis=1)], axis=1)
 
 
@@ -335,7 +346,7 @@ class PatchCT(nn.Module):
             tau = self.temperature()
             costs = jnp.stack(
                 [
-                    conditional_transport(x[:, 1:], own, y, tau)
+                    conditional_transport(x[:, 1:], own, y, tau, implementation=self.config.transport)
                     for x, own in zip(features[:-1], labels[:-1], strict=True)
                 ],
                 axis=1,
@@ -444,18 +455,13 @@ def loss(model: Any) -> Callable:
 
     def loss_function(params, model_state, batch, rngs, train):
         y = batch["labels"]
-        found = model.apply({"params": params}, batch["images"], _prompts(batch["tokens"]), y)
+        found = model.apply({"params": params}, batch["images"], batch["tokens"], y)
         base = asymmetric_loss(found.logits, y, config.positive_focus, config.negative_focus, config.shift) / len(y)
         transport = jnp.zeros(()) if found.costs is None else found.costs.sum(axis=(1, 2)).mean()
         value = base + config.transport_weight * transport
         return value, (model_state, {"transport": transport, "asymmetric": base})
 
     return loss_function
-
-
-def _prompts(tokens: jax.Array) -> jax.Array:
-    """Prompts (M, T); of a batch of them, which are all the same, the first."""
-    return tokens[0] if tokens.ndim == 3 else tokens
 
 
 class MultilabelMetrics(NamedTuple):
