@@ -8,6 +8,7 @@ from zoo import reports
 SMOKE = pogat.PRESETS["smoke"]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(tmp_path):
     pogat.run(SMOKE, tmp_path)
     result = reports.load_result(tmp_path / "result.json")
