@@ -151,6 +151,7 @@ class SparseTopLAttention(ProjectedHeads):
     @nn.nowrap
     def init_state(self, batch_size: int, length: int) -> cache.KeyValueCache:
         """See `Mixer`."""
-        made = cache.empty(batch_size, length, None, self.key_head_count, self.width_of_head, self.state_dtype)
+        widths = (self.width_of_query, self.width_of_head)
+        made = cache.empty(batch_size, length, None, self.key_head_count, *widths, self.state_dtype)
         codes: Any = jnp.zeros((*made.value.shape[:3], self._subspaces), made.value.dtype)
         return made._replace(value=jnp.concatenate([made.value, codes], axis=-1))
