@@ -99,6 +99,6 @@ class ProjectedHeads(Mixer):
         """Values of x (batch, time, features): (batch, time, key heads, width)."""
         return self.value(x).reshape(*x.shape[:2], self.key_head_count, -1)
 
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def query_key_value(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of x; see `query_key`."""
         return *self.query_key(x, positions), self.split_values(x)

@@ -82,7 +82,7 @@ class SparseTopLAttention(ProjectedHeads):
         self.check(x, state, valid)
         shape = x.shape[:2]
         positions = token_positions(shape, valid, None if state is None else state.length)
-        query, key, value = self.project(x, positions)
+        query, key, value = self.query_key_value(x, positions)
         dtype = query.dtype
         if self.is_mutable_collection("losses") and not self.is_initializing():
             losses = [sparse_topl.quantisation_loss(z, self.codebook)[1] for z in (query, key)]

@@ -107,9 +107,9 @@ class PersistentAttention(SoftmaxAttention):
             return super().__call__(x, state, valid=valid, deterministic=deterministic)
         shape, before = x.shape[:2], prefix.shape[1]
         positions = token_positions(shape, valid, None if state is None else state.length)
-        query, key, value = self.project(x, positions)
+        query, key, value = self.query_key_value(x, positions)
         dtype = query.dtype
-        _, prefix_key, prefix_value = self.project(prefix, jnp.arange(-before, 0, dtype=jnp.int32)[None])
+        _, prefix_key, prefix_value = self.query_key_value(prefix, jnp.arange(-before, 0, dtype=jnp.int32)[None])
         to_batch = (shape[0], *prefix_key.shape[1:])
         prefix_key, prefix_value = (jnp.broadcast_to(array, to_batch) for array in (prefix_key, prefix_value))
         of_prefix, prefix_weight = attention(query, prefix_key, prefix_value, return_logsumexp=True)
@@ -365,7 +365,7 @@ class TitansMAC(TitansHybrid):
         prefix = None
         if self.num_persistent_tokens:
             positions = jnp.arange(self.num_persistent_tokens, dtype=jnp.int32)[None]
-            _, key, value = self.attention.project(self.prefix(x.dtype), positions)
+            _, key, value = self.attention.query_key_value(self.prefix(x.dtype), positions)
             prefix = (key, value)
         if state is not None and time == 1:
             y, now = self._segment(now, x, count, prefix)
@@ -413,8 +413,8 @@ class TitansMAC(TitansHybrid):
         first = self.num_persistent_tokens
         seen = state.length % self.segment_len + self._number(x, count)
         behind = -(-seen[:, None] // group) if self.pack_last_segment else self._context
-        query, key, value = self.attention.project(x, first + behind + slot)
-        _, context_key, context_value = self.attention.project(context, first + slot // group)
+        query, key, value = self.attention.query_key_value(x, first + behind + slot)
+        _, context_key, context_value = self.attention.query_key_value(context, first + slot // group)
         stored = []
         for past, of_context, of_segment in (
             (state.key, context_key, key), (state.value, context_value, value)

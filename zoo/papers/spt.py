@@ -107,16 +107,9 @@ class SptLM(DecoderLM):
 
     config: SptConfig
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        state: DecoderState | None = None,
-        *,
-        valid: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, DecoderState | None]:
+    def hidden(self, *arguments: Any, **options: Any) -> tuple[jax.Array, DecoderState | None]:
         """See `DecoderLM`."""
-        return self._adapted(lambda: super(SptLM, self).hidden(tokens, state, valid=valid, deterministic=deterministic))
+        return self._adapted(lambda: super(SptLM, self).hidden(*arguments, **options))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """See `DecoderLM`."""
