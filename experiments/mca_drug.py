@@ -316,7 +316,7 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
                     weights = model.apply(variables, task.profiles.astype(np.float32), method="encode_genes").weights
                     best = np.argsort(-np.asarray(weights).mean(0))[:5]
                     genes = [screen.genes[index] for index in best]
-    claims = _claims(config, screen, errors, correlations, alike, genes)
+    claims = _claims(config, screen, errors, correlations, alike, genes, len(task.training.cell))
     for claim in claims:
         reports.show(claim)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -343,6 +343,7 @@ def _shuffled(pairs: Pairs, seed: int) -> Pairs:
 def _claims(
     config: Config, screen: Screen, errors: Mapping[str, Mapping[str, list[float]]],
     correlations: Mapping[str, Mapping[str, list[float]]], alike: list[Likeness], genes: list[str],
+    training_pairs: int,
 ) -> tuple[reports.Claim, ...]:  # fmt: skip
     unseen = f"unseen {config.unseen}"
     cpu = dataclasses.replace(PRESETS["cpu"], data_dir=config.data_dir)
@@ -364,7 +365,8 @@ def _claims(
         return "reproduced" if all(good) else "partly reproduced" if any(good) else "not reproduced"
 
     lenient, strict = mean["lenient"], mean[unseen]
-    trained = f"{config.steps} steps of {config.batch_size} pairs; {screen.name}."
+    epochs = config.steps * config.batch_size / training_pairs
+    trained = f"{config.steps} steps of {config.batch_size} pairs, {epochs:.1f} epochs (published: 200); {screen.name}."
     return (
         reports.Claim(
             statement="Convolutions with contextual attention predict sensitivity better than fingerprints and than "

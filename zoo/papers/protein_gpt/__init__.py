@@ -11,7 +11,7 @@ network on the values, shared by the heads, whose result is added to the attenti
 
 What the published code does and is therefore done here:
 - norms have a gain and no bias; there is one behind the attention's output, and one inside the feed-forward network;
-- rows of an adjacency are divided by their sum again in each graph layer (a row without links, NaN there, gives 0 here);
+- rows of an adjacency are divided by their sum again in each graph layer (one without links, NaN there, gives 0);
 - a linear map and null keys are in checkpoints though nothing uses them.
 
 Since a row of the map adds up to 1, a hop along it is attention with other values: no map is kept, and only thresholds
@@ -47,8 +47,8 @@ PAPER = Paper(
     venue="J. Appl. Phys.",
     year=2023,
     arxiv="2305.04934",
-    claim="Attention maps that serve as graphs of the values, and more tasks at once, make a language model of proteins "
-    "better at each.",
+    claim="Attention maps that serve as graphs of the values, and more tasks at once, make a language model of "
+    "proteins better at each.",
     code="https://github.com/lamm-mit/MateriomicTransformer",
     code_license="MIT",
     remarks="The published checkpoint could not be read; prompts are after its README, some names of tasks are ours.",

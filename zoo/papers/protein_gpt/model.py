@@ -190,8 +190,8 @@ def graph_hops(query: jax.Array, key: jax.Array, config: ProteinGPTConfig, segme
     """The functions of `Hops`, none of which makes the map whole.
 
     Attention's rows add up to 1, so a hop along it is attention with other values. A clamped link to oneself is 1 in
-    the place of A_ii = exp(q_i . k_i - logsumexp_i), and the row adds up to 2 - A_ii. Thresholds need the map's entries:
-    it is made some rows at a time.
+    the place of A_ii = exp(q_i . k_i - logsumexp_i), and the row adds up to 2 - A_ii. Thresholds need the map's
+    entries: it is made some rows at a time.
 
     Args:
       query, key: (B, L, H, e), the query scaled.
@@ -328,7 +328,11 @@ class GraphAttention(nn.Module):
             z = layer(Dropout(config.dropout)(y, train))
             return z.reshape(*z.shape[:2], count, width)
 
-        query, key, value = project("query", heads) * width**-0.5, project("key", key_heads), project("value", key_heads)
+        query, key, value = (
+            project("query", heads) * width**-0.5,
+            project("key", key_heads),
+            project("value", key_heads),
+        )
         null = [
             self.param(name, partitioned(nn.initializers.normal(1.0), None), (key_heads * width,), self.param_dtype)
             for name in ("null_key", "null_value")
