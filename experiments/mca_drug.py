@@ -229,7 +229,7 @@ class Likeness(NamedTuple):
     similarity: np.ndarray
 
 
-def likeness(model: MCA, variables: Any, task: Task, cells: int, seed: int) -> Likeness:
+def likeness(model: Any, variables: Any, task: Task, cells: int, seed: int) -> Likeness:
     """Correlation of 1 - distance with Tanimoto similarity over all pairs of compounds."""
     chosen = np.random.default_rng(seed).permutation(len(task.profiles))[:cells]
     apply = jax.jit(lambda smiles, gep: model.apply(variables, smiles, gep)["smiles_attention_heads"])
@@ -252,7 +252,7 @@ def likeness(model: MCA, variables: Any, task: Task, cells: int, seed: int) -> L
     )  # fmt: skip
 
 
-def atoms_figure(model: MCA, variables: Any, task: Task, count: int = 4) -> Figure:
+def atoms_figure(model: Any, variables: Any, task: Task, count: int = 4) -> Figure:
     """Molecules with each atom as red as it is attended to, mean over some lines."""
     figure = Figure(figsize=(4 * count, 3.4), layout="constrained")
     cells = jnp.asarray(task.profiles[:16])

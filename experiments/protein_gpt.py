@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -103,7 +104,7 @@ def text_of(task: str, data: Proteins, rng: np.random.Generator) -> str:
     return prompts.example(task, chain.sequence, structure=chain.structure)
 
 
-def rows(texts: Sequence[str], width: int) -> dict[str, np.ndarray]:
+def rows(texts: Sequence[str], width: int) -> dict[str, Any]:
     """Tokens and weights of labels: a sequence counts whole, of other tasks the answer does, its end included."""
     tokens = np.zeros((len(texts), width), np.int32)
     weights = np.zeros((len(texts), width), np.float32)
@@ -355,9 +356,10 @@ def causality(config: Config) -> reports.Claim:
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 128, (1, 24)), jnp.int32)
     variables = model.init(jax.random.key(0), tokens)
     place = 11
-    own = model.apply(variables, tokens)[:, : place + 1]
-    other = model.apply(variables, tokens.at[:, place + 1 :].add(1))[:, : place + 1]
-    earlier = model.apply(variables, tokens.at[:, 0].add(1))[:, place]
+    logits: Callable[..., Any] = partial(model.apply, variables)
+    own = logits(tokens)[:, : place + 1]
+    other = logits(tokens.at[:, place + 1 :].add(1))[:, : place + 1]
+    earlier = logits(tokens.at[:, 0].add(1))[:, place]
     leak, reach = float(jnp.abs(own - other).max()), float(jnp.abs(own[:, place] - earlier).max())
     return reports.Claim(
         statement="Graph layers keep causality: later tokens change no earlier logit.",
@@ -402,7 +404,7 @@ def run(config: Config, workdir: pathlib.Path, resume: bool = False, force: bool
             claims.append(graph(config, data, below(name)))
         elif name == "synergy":
             claims.append(synergy(config, data, below(name), kept))
-            graphs_figure(*kept["together"], data).savefig(figures / "graphs.png", dpi=120)
+            graphs_figure(kept["together"][0], kept["together"][1], data).savefig(figures / "graphs.png", dpi=120)
         else:
             claim, figure = inverse(config, data, below(name), kept.get("alone"))
             figure.savefig(figures / "inverse.png", dpi=120)

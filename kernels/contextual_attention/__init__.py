@@ -86,11 +86,12 @@ def _forward(operands: Operands, implementation: Implementation | None) -> tuple
 
 
 def _backward(implementation: Implementation | None, residuals: Any, cotangents: Any) -> tuple[Operands]:
-    gradients = by_platform(
+    gradients: tuple[Any, ...] = by_platform(
         _BACKWARD, implementation, *residuals, *cotangents,
         axes=(AXES, *OUT_AXES, *OUT_AXES), out_axes=tuple(AXES[:4]),
     )  # fmt: skip
-    return (Operands(*gradients, None),)
+    tokens, weight, context, score = gradients
+    return (Operands(tokens, weight, context, score, None),)
 
 
 _attend.defvjp(_forward, _backward)

@@ -61,7 +61,8 @@ def simulated_screen(cells: int = 60, genes: int = 40, seed: int = 0) -> Screen:
     Compounds are a core with one or two groups.
     """
     rng = np.random.default_rng(seed)
-    smiles, parts = [], []
+    smiles: list[str] = []
+    parts: list[tuple[int, ...]] = []
     for core_number, core in enumerate(_CORES):
         for first, group in enumerate(_GROUPS):
             smiles.append(core.format(group))

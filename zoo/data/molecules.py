@@ -21,10 +21,10 @@ _ATOM = re.compile(r"\[[^\[\]]+\]|Br|Cl|[BCNOPSFIbcnops*]")
 def rdkit() -> Any:
     """RDKit's module Chem, silenced. Raises ModuleNotFoundError where it is not installed."""
     try:
-        from rdkit import Chem, RDLogger
+        from rdkit import Chem, rdBase
     except ModuleNotFoundError:
         raise ModuleNotFoundError("molecules need RDKit: pip install 'zoo[molecules]'") from None
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     return Chem
 
 
@@ -155,7 +155,9 @@ def generation_metrics(generated: Sequence[str], training: Iterable[str]) -> Gen
     )
 
 
-def draw(smiles: str, weights: Sequence[float] | None = None, size: tuple[int, int] = (320, 240)) -> np.ndarray:
+def draw(
+    smiles: str, weights: Sequence[float] | np.ndarray | None = None, size: tuple[int, int] = (320, 240)
+) -> np.ndarray:
     """A molecule's drawing, uint8 (height, width, 3), with a red disc on each atom as dark as its weight is large.
 
     Args:

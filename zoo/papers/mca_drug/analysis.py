@@ -36,7 +36,7 @@ def regression_loss(prediction: jax.Array, label: jax.Array, kind: LossKind = "m
     return total
 
 
-def log_micromolar(ic50: jax.Array, least: float, most: float) -> jax.Array:
+def log_micromolar(ic50: Any, least: float, most: float) -> Any:
     """Predictions in [0, 1] as logarithms of micromolar, from the least and the largest of training."""
     return ic50 * (most - least) + least
 
@@ -58,7 +58,7 @@ def loss(model: Any, kind: LossKind = "mse") -> Callable:
 
 
 @partial(jax.jit, static_argnums=0)
-def _pairs(model: MCA, variables: Any, smiles: jax.Array, streams: Any, genes: Any) -> jax.Array:
+def _pairs(model: Any, variables: Any, smiles: jax.Array, streams: Any, genes: Any) -> jax.Array:
     def cells(one: Any) -> jax.Array:
         def compound(text: jax.Array, own: Any) -> jax.Array:
             repeat = partial(jax.tree.map, lambda x: x[None])

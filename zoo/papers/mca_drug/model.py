@@ -7,6 +7,7 @@ numbers of an attention head.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,10 +23,15 @@ from zoo.layers.convolution import torch_bias_init, torch_kernel_init
 from zoo.layers.dropout import Dropout
 from zoo.layers.partitioning import dense, partitioned
 
-ACTIVATIONS = {
-    "identity": lambda x: x, "relu": nn.relu, "tanh": jnp.tanh, "sigmoid": nn.sigmoid, "selu": nn.selu, "lrelu":
-    partial(nn.leaky_relu, negative_slope=0.01), "elu": nn.elu,
-}  # fmt: skip
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "identity": lambda x: x,
+    "relu": nn.relu,
+    "tanh": jnp.tanh,
+    "sigmoid": nn.sigmoid,
+    "selu": nn.selu,
+    "lrelu": nn.leaky_relu,
+    "elu": nn.elu,
+}
 
 
 @dataclasses.dataclass(frozen=True)

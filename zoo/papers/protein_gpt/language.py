@@ -72,7 +72,8 @@ def lm_loss(
     seen = jnp.where(largest(given["tokens"], mask_token_prob), MASK_TOKEN, tokens) if mask_token_prob else tokens
     hidden = largest(given["keys"], mask_prob) if mask_prob else None
     rngs = {} if keys is None else {"dropout": keys[2]}
-    logits = model.apply(variables, seen, hidden, train=train, rngs=rngs)[:, :-1]
+    apply: Callable[..., Any] = model.apply
+    logits = apply(variables, seen, hidden, train=train, rngs=rngs)[:, :-1]
     labels = tokens[:, 1:]
     counted = jnp.ones(labels.shape, jnp.float32) if weights is None else weights[:, 1:].astype(jnp.float32)
     if task_end_token is not None:
@@ -100,7 +101,8 @@ def decode_step(
     model: ProteinGPT, variables: Any, tokens: jax.Array, place: jax.Array, caches: tuple[Cache, ...]
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Logits (B, logits) after one more token (B,) at `place`, and the caches: O(place) work, graph states kept."""
-    logits, caches = model.apply(variables, tokens[:, None], past=(caches, place))
+    apply: Callable[..., Any] = model.apply
+    logits, caches = apply(variables, tokens[:, None], past=(caches, place))
     return logits[:, 0], caches
 
 

@@ -6,7 +6,7 @@ B sequences, L tokens, H heads, e channels a head.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -145,7 +145,7 @@ class Graph(nn.Module):
     def setup(self) -> None:
         """The layers."""
         width = self.config.head_features
-        make = partial(
+        make: Callable[..., nn.Dense] = partial(
             dense, width, (None, None), kernel_init=torch_kernel_init, bias_init=torch_bias_init(width),
             dtype=self.dtype, param_dtype=self.param_dtype,
         )  # fmt: skip
@@ -186,7 +186,7 @@ class Hops(NamedTuple):
     from_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (messages, what `attend` gave) to means
 
 
-def graph_hops(query: jax.Array, key: jax.Array, config: ProteinGPTConfig, segments: dict[str, jax.Array]) -> Hops:
+def graph_hops(query: jax.Array, key: jax.Array, config: ProteinGPTConfig, segments: Mapping[str, Any]) -> Hops:
     """The functions of `Hops`, none of which makes the map whole.
 
     Attention's rows add up to 1, so a hop along it is attention with other values. A clamped link to oneself is 1 in
@@ -224,14 +224,14 @@ def graph_hops(query: jax.Array, key: jax.Array, config: ProteinGPTConfig, segme
 
 
 def _attend(
-    query: jax.Array, key: jax.Array, segments: dict[str, jax.Array], value: jax.Array
+    query: jax.Array, key: jax.Array, segments: Mapping[str, Any], value: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     out: Any = attention(query, key, value, causal=True, scale=1.0, return_logsumexp=True, **segments)
     return out
 
 
 def _thresholded(
-    query: jax.Array, key: jax.Array, messages: jax.Array, config: ProteinGPTConfig, segments: dict[str, jax.Array]
+    query: jax.Array, key: jax.Array, messages: jax.Array, config: ProteinGPTConfig, segments: Mapping[str, Any]
 ) -> jax.Array:
     """Some rows of the map at a time, made again for the gradient."""
     batch, length, heads, _ = query.shape
@@ -261,7 +261,7 @@ def attention_map(query: jax.Array, key: jax.Array, seen: jax.Array) -> jax.Arra
 
 def graph_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, graph: Callable[..., jax.Array], messages: jax.Array,
-    config: ProteinGPTConfig, *, segments: dict[str, jax.Array] | None = None, dense: bool = False,
+    config: ProteinGPTConfig, *, segments: Mapping[str, Any] | None = None, dense: bool = False,
     train: bool = False,
 ) -> jax.Array:  # fmt: skip
     """A v + graph(A, v) for causal A = softmax(q k^T).
@@ -354,7 +354,7 @@ class GraphAttention(nn.Module):
         hidden: jax.Array | None, train: bool,
     ) -> jax.Array:  # fmt: skip
         config = self.config
-        segments = {}
+        segments: dict[str, Any] = {}
         if hidden is not None:
             segments = {
                 "query_segment_ids": jnp.zeros_like(hidden, jnp.int32),
@@ -437,7 +437,7 @@ class FeedForward(nn.Module):
         """(B, L, features) to the same."""
         config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width = config.mlp_ratio * x.shape[-1]
-        make = partial(dense, kernel_init=torch_kernel_init, **options)
+        make: Callable[..., nn.Dense] = partial(dense, kernel_init=torch_kernel_init, **options)
         if not (config.mlp_kernel or config.mlp_inner_kernel):
             y = make(width, ("embed", "mlp"), use_bias=False, name="up")(norm(self, "norm")(x))
             y = norm(self, "hidden_norm")(_gelu(y))
@@ -533,7 +533,7 @@ class ProteinGPT(nn.Module):
             (*tokens.shape, config.position_features),
         )
         x = jnp.concatenate([x, place], axis=-1) if config.concat_positions else x + place
-        make = partial(dense, use_bias=False, kernel_init=torch_kernel_init, **options)
+        make: Callable[..., nn.Dense] = partial(dense, use_bias=False, kernel_init=torch_kernel_init, **options)
         # Published checkpoints hold a linear map that nothing uses.
         self.param("unused_kernel", partitioned(torch_kernel_init, None, None), (1, 16), self.param_dtype)
         self.param("unused_bias", partitioned(torch_bias_init(1), None), (16,), self.param_dtype)

@@ -51,14 +51,14 @@ def encode(text: str) -> list[int]:
     return list(text.encode())
 
 
-def decode(tokens: Sequence[int]) -> str:
+def decode(tokens: Sequence[int] | np.ndarray) -> str:
     """Text of bytes up to the first padding (0)."""
     values = [int(token) for token in tokens]
     end = values.index(0) if 0 in values else len(values)
     return bytes(values[:end]).decode("latin-1")
 
 
-def numbers(values: Sequence[float]) -> str:
+def numbers(values: Sequence[float] | np.ndarray) -> str:
     """As text with two digits: 0.48,0.00,0.52."""
     return ",".join(f"{value:.2f}" for value in values)
 
