@@ -48,8 +48,10 @@ def test_resuming_a_finished_run_trains_nothing(folder):
 def test_every_registered_mixer_has_a_network_of_one_size():
     config = Config()
     budget = mixer_lab.count_parameters(mixer_lab.network("softmax", 64, config))
+    config = dataclasses.replace(config, parameters=budget)
+    narrow = {"qlstm": 48}  # its recurrence alone is larger than attention and MLP of width 64
     for mixer in (*mixers.names(), *config.mixers):
-        count = mixer_lab.count_parameters(mixer_lab.network(mixer, 64, config))
+        count = mixer_lab.count_parameters(mixer_lab.network(mixer, narrow.get(mixer, 64), config))
         assert abs(count - budget) <= 64 * config.layers, mixer
     with pytest.raises(ValueError, match=r"ssd with the narrowest MLP has [\d,]+ parameters, the budget is 20,000"):
         mixer_lab.network("ssd", 64, dataclasses.replace(config, parameters=20_000))
