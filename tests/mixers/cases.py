@@ -26,6 +26,7 @@ class Case:
     slow: bool = False
     mixes: bool = True
     tolerance: float = 2e-5  # of what must be equal, in standard deviations
+    bfloat16_tolerance: float = 2e-2  # likewise, of bfloat16's root mean square error
 
     def __hash__(self) -> int:
         return hash((self.mixer, self.label))
@@ -164,8 +165,9 @@ CASES = [
         tolerance=3e-4,
     ),
     Case(
+        # The gradient of a cubed residual amplifies what bfloat16 rounds, border after border.
         "moneta", "cubes", {"heads": 2, "chunk_size": 4, "gate_rank": 4, "rate_max": 0.01}, bidirectional=False,
-        tolerance=3e-4,
+        tolerance=3e-4, bfloat16_tolerance=6e-2,
     ),
     Case(
         "yaad", "huber", {"heads": 2, "chunk_size": 4, "gate_rank": 4, "rate_max": 0.01}, bidirectional=False,
