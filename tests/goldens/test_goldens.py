@@ -11,7 +11,14 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-SLOW = {"circuit_reuse/smollm2_ioi"}  # two passes of 270 heads through a real model
+SLOW = {
+    "circuit_reuse/smollm2_ioi",  # two passes of 270 heads through a real model
+    "circuit_reuse/path_patching",
+    # Steps of whole networks, which take a minute to compile; their parts are quick cases.
+    "fcaformer/l1_train_step_128",
+    "fcaformer/l2_dense_240x256",
+    "sentence_attention/b0_train_step_64",
+}
 
 
 def cases():
