@@ -29,12 +29,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from zoo import mixers
-from zoo.backbones import DecoderConfig, DecoderLM
+from zoo.backbones import DecoderConfig
 from zoo.backbones.checkpoints import decoder_rules
-from zoo.backbones.decoder_lm import DecoderState
+from zoo.backbones.decoder_lm import DecoderState, PaperDecoder, next_token_loss
 from zoo.errors import unknown
 from zoo.layers.rotary import Rotary
 from zoo.mixers.deconstructed import ApproximateForm, KeyOnlyAttention, key_scores, random_vectors
@@ -176,7 +175,7 @@ class DeconConfig:
 LayerMap = tuple[jax.Array, jax.Array]  # queries (1, length, heads, width) and keys (1, length, key heads, width)
 
 
-class DeconLM(nn.Module):
+class DeconLM(PaperDecoder):
     """A language model: `DecoderLM`, and what brings queries and keys from elsewhere. Parameters are under `decoder`.
 
     In "rndemb" and "fixedseq" a second stream, of batch 1, passes through the same layers and gives the queries and
@@ -190,12 +189,6 @@ class DeconLM(nn.Module):
     """
 
     config: DeconConfig
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    def setup(self):
-        """The backbone."""
-        self.decoder = DecoderLM(self.config.decoder, self.dtype, self.param_dtype)
 
     def __call__(
         self,
@@ -233,10 +226,6 @@ class DeconLM(nn.Module):
             tokens, state, valid=valid, deterministic=deterministic,
             mixer_arguments=self._mixer_arguments(tokens, state, valid, stream),
         )  # fmt: skip
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        """The head: (..., dim) from `hidden` to float32 (..., vocab_size)."""
-        return self.decoder.logits(x)
 
     def _mixer_arguments(
         self, tokens: jax.Array, state: DecoderState | None, valid: jax.Array | None, stream: jax.Array | None
@@ -301,11 +290,6 @@ class DeconLM(nn.Module):
         if config.variant == "fixedseq":
             return self.decoder.embed(x)
         return x.astype(self.param_dtype if self.dtype is None else self.dtype)
-
-    @nn.nowrap
-    def init_state(self, batch_size: int, length: int) -> DecoderState:
-        """The empty past of `batch_size` sequences of up to `length` tokens: keys only where they belong to it."""
-        return DecoderLM(self.config.decoder, self.dtype, self.param_dtype, parent=None).init_state(batch_size, length)
 
 
 def precompute_maps(
@@ -449,18 +433,6 @@ def example_inputs(config: DeconConfig, batch_size: int) -> dict[str, np.ndarray
     """Tokens of sequences of 128, or of max_len where that is less."""
     rng = np.random.default_rng(0)
     return {"tokens": rng.integers(0, config.vocab_size, (batch_size, min(128, config.max_len)), dtype=np.int32)}
-
-
-def next_token_loss(model: DeconLM) -> Callable:
-    """The training loss: mean cross entropy of batch["tokens"] (batch, time) but the first, for `zoo.train`."""
-
-    def loss(params, model_state, batch, rngs, train):
-        tokens = batch["tokens"]
-        logits, _ = model.apply({"params": params, **model_state}, tokens, deterministic=not train, rngs=rngs)
-        value = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
-        return value, (model_state, {})
-
-    return loss
 
 
 def weight_rules(config: DeconConfig) -> list[Rule]:

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.backbones import DecoderConfig, DecoderLM
-from zoo.backbones.decoder_lm import DecoderState
+from zoo.backbones import DecoderConfig
+from zoo.backbones.decoder_lm import PaperDecoder
 from zoo.errors import unknown
 from zoo.mixers.base import Mixer
 from zoo.mixers.dynamical import NormalizedAttention, PlainSelectiveScan, QuasiLSTM, forget_gate
@@ -357,7 +357,7 @@ class DsfConfig:
         )  # fmt: skip
 
 
-class DSFLanguageModel(nn.Module):
+class DSFLanguageModel(PaperDecoder):
     """A language model: `DecoderLM` with the layers of the study. All its parameters are under `decoder`.
 
     Fields:
@@ -367,38 +367,6 @@ class DSFLanguageModel(nn.Module):
     """
 
     config: DsfConfig
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    def setup(self):
-        """The backbone."""
-        self.decoder = DecoderLM(self.config.decoder, self.dtype, self.param_dtype)
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        state: DecoderState | None = None,
-        *,
-        valid: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, DecoderState | None]:
-        """Logits (batch, time, vocab_size) at each of the tokens, and the next state; see `DecoderLM`."""
-        return self.decoder(tokens, state, valid=valid, deterministic=deterministic)
-
-    def hidden(
-        self, tokens: jax.Array, state: DecoderState | None = None, *, valid: jax.Array | None = None
-    ) -> tuple[jax.Array, DecoderState | None]:
-        """What the head sees, (batch, time, d_model), and the next state; see `DecoderLM`."""
-        return self.decoder.hidden(tokens, state, valid=valid)
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        """The head: (..., d_model) from `hidden` to float32 (..., vocab_size)."""
-        return self.decoder.logits(x)
-
-    @nn.nowrap
-    def init_state(self, batch_size: int, length: int) -> DecoderState:
-        """The empty past of `batch_size` sequences of up to `length` tokens."""
-        return DecoderLM(self.config.decoder, self.dtype, self.param_dtype, parent=None).init_state(batch_size, length)
 
 
 def state_size(config: DsfConfig, length: int) -> int:
