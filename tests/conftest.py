@@ -25,6 +25,18 @@ def _resident_bytes() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if LINUX else 0
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One worker runs a module's tests, or those of one `case` where they have cases: what a test has compiled and
+
+    kept, the next one finds. (Dealt out one by one, nearly every program would be traced and compiled by both.)
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{case}" if case else item.path.stem))
+
+
 _bound = [5e9]
 
 

@@ -4,7 +4,7 @@ import pytest
 from notebooks.execute import FOLDER, execute
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = {"circuits"}  # runs a real language model
+SLOW = {"circuits", "informer"}  # a real language model; a training of minutes
 
 
 def runs():

@@ -12,11 +12,21 @@ ROOT = HERE.parents[1]
 
 
 SLOW = {
-    "circuit_reuse/smollm2_ioi",  # two passes of 270 heads through a real model
+    # A real model; the same analyses of small ones are quick cases.
+    "act/smollm2_act",
     "circuit_reuse/path_patching",
-    # Steps of whole networks, which take a minute to compile; their parts are quick cases.
+    "circuit_reuse/path_patching_position",
+    "circuit_reuse/smollm2_ioi",
+    "retrieval_head/smollm2_needle",
+    # Whole networks and their training steps, which take long to compile; their parts are quick cases.
+    "efficientformer/l1_train_step",
+    "efficientformer/l3_224",
+    "emov2/emov2_1m_train_step_64",
+    "fcaformer/l1_224",
     "fcaformer/l1_train_step_128",
     "fcaformer/l2_dense_240x256",
+    "mobilevig/mask_rcnn_mobilevig_m",
+    "mobilevig/ti_train_step_128",
     "sentence_attention/b0_train_step_64",
 }
 
