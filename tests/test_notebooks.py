@@ -4,7 +4,7 @@ import pytest
 from notebooks.execute import FOLDER, execute
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = {"circuits"}  # runs a real language model
+SLOW = {"attention_sinks", "circuits", "retrieval_heads"}  # run a real language model
 
 
 def runs():
