@@ -4,7 +4,7 @@ import pytest
 from notebooks.execute import FOLDER, execute
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = {"circuits", "informer"}  # a real language model; a training of minutes
+SLOW = {"attention_sinks", "circuits", "informer", "retrieval_heads"}  # real language models; a training of minutes
 
 
 def runs():

@@ -1,3 +1,7 @@
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +9,7 @@ import pytest
 
 from tests.parameters import random_parameters
 from zoo.backbones import DecoderConfig, DecoderLM, Sampling, generate, generation, score, stream
-from zoo.weights import Int8, dequantize, quantize_int8
+from zoo.weights import Int8, dequantize, int8, quantize_int8
 
 CONFIG = DecoderConfig.preset(
     "smollm2_135m", vocab_size=61, features=24, layers=2, heads=4, key_heads=2, mlp_features=40, max_length=64
@@ -111,7 +115,35 @@ def test_int8_weights_are_a_quarter_and_near(variables):
     np.testing.assert_allclose(dequantize(kernel), exact, atol=float(jnp.abs(exact).max()) / 254 * 1.01)
     logits = MODEL.apply(dequantize(small), PROMPT)[0]
     assert jnp.corrcoef(logits.ravel(), MODEL.apply(variables, PROMPT)[0].ravel())[0, 1] > 0.995
-    assert generate(MODEL, small, PROMPT, 2).tokens.shape == (2, 2)
+    np.testing.assert_allclose(int8.apply(MODEL, small, PROMPT)[0], logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(generate(MODEL, small, PROMPT, 2).tokens[:, 0], logits[:, -1].argmax(-1))
+
+
+def test_int8_weights_are_never_all_floats_at_once():
+    """A float copy of one matrix's part at a time, in the compiler's plan of a step of generation."""
+    config = dataclasses.replace(CONFIG, vocab_size=500, features=128, layers=6, mlp_features=384)
+    model = DecoderLM(config)
+    variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), PROMPT))
+    small = jax.eval_shape(quantize_int8, variables)
+    state, token = model.init_state(1, 8), jnp.zeros(1, jnp.int32)
+
+    def temporaries(variables):
+        plan = jax.jit(partial(generation._step, model)).lower(variables, token, state).compile().memory_analysis()
+        return plan.temp_size_in_bytes
+
+    weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(variables))
+    assert temporaries(small) < temporaries(variables) + 0.1 * weights
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (24, 7), (1, 1)])
+def test_a_product_with_int8_is_that_with_floats(shape, monkeypatch):
+    monkeypatch.setattr(int8, "_BLOCK", 24 * 9)  # 40 columns are no multiple of 9
+    kernel = quantize_int8({"kernel": jax.random.normal(jax.random.key(0), shape)})["kernel"]
+    table = quantize_int8({"embedding": jax.random.normal(jax.random.key(1), shape[::-1])})["embedding"]
+    x = jax.random.normal(jax.random.key(2), (2, 3, shape[0]))
+    np.testing.assert_allclose(int8.product(x, kernel), x @ dequantize(kernel), rtol=1e-5, atol=1e-5)
+    found = jax.jit(partial(int8.product, transposed=True))(x, table)
+    np.testing.assert_allclose(found, x @ dequantize(table).T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

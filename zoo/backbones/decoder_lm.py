@@ -27,6 +27,7 @@ from zoo.layers.dropout import Dropout
 from zoo.layers.partitioning import dense, keep_batch_cut, partitioned
 from zoo.layers.positions import fairseq_sinusoids
 from zoo.layers.rotary import Rotary
+from zoo.weights import int8
 
 _GPT2 = {
     "vocab_size": 50257, "max_length": 1024, "mlp": "gelu_tanh", "norm": "layer", "norm_epsilon": 1e-5,
@@ -230,8 +231,12 @@ class DecoderLM(nn.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """The head: (..., features) from `hidden` to float32 (..., vocab_size)."""
         if self.config.tie_embeddings:
-            embedding = self.embed.embedding.astype(x.dtype)
-            logits = jnp.einsum("...f,vf->...v", x, embedding, preferred_element_type=jnp.float32)
+            embedding = self.embed.embedding
+            dot_general = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            if isinstance(embedding, int8.Int8):
+                logits = int8.product(x, embedding, transposed=True, dot_general=dot_general)
+            else:
+                logits = jnp.einsum("...f,vf->...v", x, embedding.astype(x.dtype), preferred_element_type=jnp.float32)
         else:
             logits = self.head(x)
         logits = keep_batch_cut(logits.astype(jnp.float32))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.weights.int8 import dequantize
+from zoo.weights import int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +157,10 @@ def _generate(model, sampling, length, stop_tokens, pad, variables, prompt, vali
 def _prefill(model, sampling, slots, variables, prompt, valid):
     """Logits after the prompt, the state, and which tokens occurred (None where nobody asks)."""
     state = model.init_state(prompt.shape[0], slots)
-    hidden, state = model.apply(dequantize(variables), prompt, state, valid=valid, method=type(model).hidden)
+    hidden, state = int8.apply(model, variables, prompt, state, valid=valid, method=type(model).hidden)
     rows = jnp.arange(prompt.shape[0])
     last = -1 if valid is None else prompt.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-    logits = model.apply(dequantize(variables), hidden[rows, last], method=type(model).logits)
+    logits = int8.apply(model, variables, hidden[rows, last], method=type(model).logits)
     seen = None
     if sampling.repetition_penalty != 1:
         seen = jnp.zeros(logits.shape, bool)
@@ -169,7 +169,7 @@ def _prefill(model, sampling, slots, variables, prompt, valid):
 
 
 def _step(model, variables, token, state):
-    logits, state = model.apply(dequantize(variables), token[:, None], state)
+    logits, state = int8.apply(model, variables, token[:, None], state)
     return logits[:, 0], state
 
 
@@ -265,7 +265,7 @@ def _score(model, variables, prefix, rows, lengths):
     logits, state, _ = _prefill(model, GREEDY, prefix.shape[1] + rows.shape[1], variables, prefix, None)
     state = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(rows), axis=0), state)
     valid = jnp.arange(rows.shape[1]) < lengths[:, None]
-    after, _ = model.apply(dequantize(variables), rows, state, valid=valid)
+    after, _ = int8.apply(model, variables, rows, state, valid=valid)
     logits = jnp.concatenate([jnp.repeat(logits[:, None], len(rows), axis=0), after[:, :-1]], axis=1)
     likelihoods = jnp.take_along_axis(jax.nn.log_softmax(logits), rows[..., None], axis=2)[..., 0]
     return jnp.sum(jnp.where(valid, likelihoods, 0), axis=1)

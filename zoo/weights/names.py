@@ -369,6 +369,21 @@ def _split(array: np.ndarray, rule: Rule, parts: int) -> list[np.ndarray]:
     return np.split(array, [int(cut) * unit for cut in np.cumsum(sections)[:-1]], rule.axis)
 
 
+_ALIGNMENT = 64  # bytes: what JAX on a CPU asks of an array that it takes as it is, without a copy of its own
+
+
+def _aligned(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array, contiguous and aligned; itself where it is."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.ctypes.data % _ALIGNMENT == 0:
+        return array
+    size = array.size * np.dtype(dtype).itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    out = buffer[start : start + size].view(dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Piece:
     """What one source gives to one destination: part `part` of the `count` that `rule` makes it of."""
@@ -449,7 +464,7 @@ def convert(state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule], target:
             want = expected.get(path)
             if want is not None and _kind(section.dtype) == _kind(want.dtype):
                 # Here already, so that no transposed view keeps the published array in memory.
-                section = np.ascontiguousarray(section, dtype=want.dtype).reshape(section.shape)
+                section = _aligned(section, want.dtype)
             pieces[path].append(_Piece(rule, part, len(rule.patterns), name, section))
 
     result = {}
@@ -467,7 +482,7 @@ def convert(state_dict: Mapping[str, np.ndarray], rules: Iterable[Rule], target:
         elif _kind(ours.dtype) != _kind(want.dtype):
             problems.add("dtypes that differ", f"{sources} {ours.dtype} -> {path} {want.dtype}")
         else:
-            result[path] = np.ascontiguousarray(ours, dtype=want.dtype).reshape(ours.shape)
+            result[path] = _aligned(ours, want.dtype)
     for path, want in expected.items():
         if path not in pieces and path not in refused:
             problems.add("the model's parameters without a published name", f"{path} {tuple(want.shape)}")
