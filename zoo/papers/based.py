@@ -44,6 +44,7 @@ from zoo.errors import unknown
 from zoo.layers.norms import norm
 from zoo.layers.partitioning import partitioned
 from zoo.layers.rotary import Rotary
+from zoo.mixers import Mixer
 from zoo.registry import Paper, Variant, register
 from zoo.train.recall import recall_loss
 from zoo.weights.names import Rule, layer, under
@@ -298,7 +299,7 @@ class MQARConfig:
         for index in range(self.n_layers):
             self.make_mixer(index, parent=None)
 
-    def make_mixer(self, index: int, **options: Any) -> mixers.Mixer:
+    def make_mixer(self, index: int, **options: Any) -> Mixer:
         """The mixer of a layer; `options` are more of `zoo.mixers.create`."""
         name = self.mixers[index % len(self.mixers)]
         init = nn.initializers.normal(0.02)
