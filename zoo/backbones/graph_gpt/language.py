@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from zoo.papers.protein_gpt.model import Cache, ProteinGPT, attention_map, link
+from zoo.backbones.graph_gpt.model import Cache, GraphGPT, attention_map, link
 
 MASK_TOKEN = 95  # "_"
 
@@ -28,7 +28,7 @@ def largest(noise: jax.Array, share: float) -> jax.Array:
 
 
 def lm_loss(
-    model: ProteinGPT,
+    model: GraphGPT,
     variables: Any,
     tokens: jax.Array,
     *,
@@ -84,7 +84,7 @@ def lm_loss(
     return jnp.sum(losses * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
-def loss(model: ProteinGPT) -> Callable:
+def loss(model: GraphGPT) -> Callable:
     """For `zoo.train`: the batch holds "tokens" (B, L), padded with 0, and perhaps "weights" of labels (B, L)."""
 
     def loss_function(params, model_state, batch, rngs, train):
@@ -98,7 +98,7 @@ def loss(model: ProteinGPT) -> Callable:
 
 
 def decode_step(
-    model: ProteinGPT, variables: Any, tokens: jax.Array, place: jax.Array, caches: tuple[Cache, ...]
+    model: GraphGPT, variables: Any, tokens: jax.Array, place: jax.Array, caches: tuple[Cache, ...]
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Logits (B, logits) after one more token (B,) at `place`, and the caches: O(place) work, graph states kept."""
     apply: Callable[..., Any] = model.apply
@@ -131,7 +131,7 @@ def _generate(model, variables, tokens, lengths, rng, temperature, *, steps, gre
 
 
 def generate(
-    model: ProteinGPT,
+    model: GraphGPT,
     variables: Any,
     prompts: Sequence[Sequence[int]] | np.ndarray,
     steps: int,
@@ -188,7 +188,7 @@ def generate(
     return rows
 
 
-def graphs(model: ProteinGPT, variables: Any, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def graphs(model: GraphGPT, variables: Any, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """The graphs of every layer and head, for looking at: links, and how much each node is listened to.
 
     Args:
