@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from experiments import command_line
 from zoo import reports, train
+from zoo.backbones import graph_gpt
 from zoo.data.prompts import rows
 from zoo.data.proteins import Chain, Proteins, read_proteins, simulated_proteins
 from zoo.papers import protein_gpt
@@ -129,11 +130,7 @@ def ask(
     model: GraphGPT, variables: Any, questions: Sequence[str], config: Config, rng: jax.Array | None = None
 ) -> list[str]:
     """Questions with the network's answers: the likeliest ones, or sampled ones."""
-    encoded = [prompts.encode(question + " [") for question in questions]
-    found = protein_gpt.generate(
-        model, variables, encoded, config.longest + 4, rng=rng, greedy=rng is None, eos=prompts.ANSWER_END
-    )
-    return [prompts.decode(row) for row in found]
+    return graph_gpt.ask(model, variables, questions, config.longest + 4, rng)
 
 
 class Forward(NamedTuple):

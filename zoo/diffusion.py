@@ -114,11 +114,14 @@ def adpm2_step(denoise: Denoiser, x: jax.Array, sigma: jax.Array, following: jax
     down = jnp.sqrt(jnp.maximum(following**2 - up**2, 0))
     middle = (sigma + down) / 2
 
-    def slope(x: jax.Array, level: jax.Array) -> jax.Array:
-        return (x - denoise(x, jnp.full(len(x), level))) / level
+    def half(point: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+        level, target = inputs
+        slope = (point - denoise(point, jnp.full(len(point), level))) / level
+        return x + slope * (target - sigma), None
 
-    halfway = x + slope(x, sigma) * (middle - sigma)
-    return x + slope(halfway, middle) * (down - sigma) + up * noise
+    # A loop of two: the program holds one network, and compiles in half the time.
+    levels, targets = jnp.stack([sigma, middle]), jnp.stack([middle, down])
+    return jax.lax.scan(half, x, (levels, targets))[0] + up * noise
 
 
 def adpm2_sample(denoise: Denoiser, start: jax.Array, levels: np.ndarray, noise: jax.Array) -> jax.Array:

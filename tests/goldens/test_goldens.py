@@ -14,7 +14,9 @@ ROOT = HERE.parents[1]
 SLOW = {
     "circuit_reuse/smollm2_ioi",  # two passes of 270 heads through a real model
     "circuit_reuse/path_patching",
-    # Steps of whole networks, which take a minute to compile; their parts are quick cases.
+    # Whole networks or their steps, which take a minute to compile; their parts are quick cases.
+    "des_design/forward_unet_full",
+    "des_design/inverse_unet_full",
     "fcaformer/l1_train_step_128",
     "fcaformer/l2_dense_240x256",
     "sentence_attention/b0_train_step_64",

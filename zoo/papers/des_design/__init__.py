@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from zoo.backbones import graph_gpt
 from zoo.backbones.graph_gpt import GraphGPT, GraphGPTConfig
+from zoo.papers.des_design.designs import TASKS, DesignReport, design_report, example, prompt
 from zoo.papers.des_design.diffusion import (
     denoise,
     diffusion_loss,
@@ -55,6 +56,8 @@ from zoo.papers.des_design.weights import diffusion_rules, encoder_rules, invers
 from zoo.registry import Paper, Variant, register
 
 __all__ = [
+    "TASKS",
+    "DesignReport",
     "GraphGPT",
     "GraphGPTConfig",
     "InverseTransformer",
@@ -65,8 +68,10 @@ __all__ = [
     "QMDiffusionConfig",
     "UNet1d",
     "denoise",
+    "design_report",
     "diffusion_loss",
     "encoder_loss",
+    "example",
     "forward_condition",
     "forward_target",
     "generate",
@@ -77,6 +82,7 @@ __all__ = [
     "loss",
     "one_hot",
     "predict",
+    "prompt",
     "sample",
 ]
 
