@@ -171,20 +171,20 @@ def unet(config: Config, **options: Any) -> QMDiffusionConfig:
 def build(name: str, config: Config, data: Data) -> Any:
     """A network by name: "encoder", "decoder", "forward diffusion", "inverse diffusion", "language model"."""
     count, small = len(data.properties.training.properties), not config.published
-    sizes: dict[str, Any] = {"features": config.features, "depth": config.depth} if small else {}
+    sizes: dict[str, Any] = {"features": config.features, "depth": config.depth, "heads": 4} if small else {}
     if name == "encoder":
-        sizes |= {"heads": 4} if small else {}
         return PropertyEncoder(
             PropertyEncoderConfig(tokens=len(data.marked), length=config.length + 2, properties=count, **sizes)
         )
     if name == "decoder":
-        sizes |= {"heads": 4} if small else {}
         return InverseTransformer(InverseTransformerConfig(tokens=len(data.marked), conditions=count, **sizes))
     if name == "language model":
-        options: dict[str, Any] = {"mlp_ratio": 2, "null_key": True, "graph_layers": 0, "tokens": 128, "logits": 128,
-                                   "dropout": 0.0, "head_features": 16}  # fmt: skip
-        options |= sizes | {"heads": 4} if small else {"heads": 16}
-        return GraphGPT(GraphGPTConfig(**options, embedding=16, position_features=16))
+        width = 16 if small else 8
+        options: dict[str, Any] = {
+            "mlp_ratio": 2, "null_key": True, "graph_layers": 0, "tokens": 128, "logits": 128, "dropout": 0.0,
+            "heads": 16, "head_features": 16, "embedding": width, "position_features": width,
+        }  # fmt: skip
+        return GraphGPT(GraphGPTConfig(**(options | sizes)))
     if name == "forward diffusion":
         shape: dict[str, Any] = {"features": 1, "conditions": config.length, "pre_transformer": 0}
         if small:
