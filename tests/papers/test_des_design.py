@@ -125,11 +125,16 @@ def test_what_is_clipped_has_no_gradient(plain):
 
 
 def test_the_loss_needs_no_rng_where_noise_and_levels_are_given(plain):
-    noise = jnp.asarray(X[::-1])
-    given = jax.jit(partial(des_design.diffusion_loss, PLAIN))(plain, jnp.tanh(X), CONDITION, sigma=SIGMA, noise=noise)
-    context = PLAIN.apply(plain, CONDITION, method="context")
-    denoised = des_design.denoise(PLAIN, plain, jnp.tanh(X) + SIGMA[:, None, None] * noise, SIGMA, context)
-    errors = np.square(denoised - np.tanh(X)).mean((1, 2)) * (SIGMA**2 + 0.01) / (SIGMA * 0.1) ** 2
+    x, noise = jnp.tanh(X), jnp.asarray(X[::-1])
+
+    @jax.jit
+    def both(x):
+        context = PLAIN.apply(plain, CONDITION, method="context")
+        denoised = des_design.denoise(PLAIN, plain, x + SIGMA[:, None, None] * noise, SIGMA, context)
+        return denoised, des_design.diffusion_loss(PLAIN, plain, x, CONDITION, sigma=SIGMA, noise=noise)
+
+    denoised, given = both(x)
+    errors = np.square(denoised - x).mean((1, 2)) * (SIGMA**2 + 0.01) / (SIGMA * 0.1) ** 2
     assert float(given) == pytest.approx(float(errors.mean()), rel=1e-4)
     with pytest.raises(ValueError, match="needs an rng"):
         des_design.diffusion_loss(PLAIN, plain, X, CONDITION)
