@@ -20,6 +20,7 @@ def test_a_run_leaves_its_record(tmp_path):
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"forward", "inverse", "inpainting"}
 
 
+@pytest.mark.slow
 def test_one_claim_runs_alone(tmp_path):
     config = dataclasses.replace(SMOKE, claims=("synergy",))
     claim = des_design.run(config, tmp_path).claims[0]

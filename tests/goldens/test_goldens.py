@@ -17,6 +17,7 @@ SLOW = {
     # Whole networks or their steps, which take a minute to compile; their parts are quick cases.
     "des_design/forward_unet_full",
     "des_design/inverse_unet_full",
+    "des_design/small_sampling",
     "fcaformer/l1_train_step_128",
     "fcaformer/l2_dense_240x256",
     "sentence_attention/b0_train_step_64",
