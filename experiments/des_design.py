@@ -554,7 +554,7 @@ def synergy(config: Config, every: Mapping[int, Networks]) -> reports.Claim:
     ridge = []
     for networks in every.values():
         bits = [morgan_fingerprints(table.smiles) for table in networks.data.solubility]
-        training, validation, test = (table.values for table in networks.data.solubility)
+        training, validation, test = (table.values[:, 0] for table in networks.data.solubility)
         best = min(
             (Ridge(alpha=alpha).fit(bits[0], training) for alpha in (0.1, 1, 3, 10, 30, 100)),
             key=lambda model: float(np.square(model.predict(bits[1]) - validation).mean()),

@@ -6,7 +6,7 @@ from zoo.data import prompts
 
 def test_answers_are_learned_and_whole_texts_where_asked():
     batch = prompts.rows(["Task<AB> [C]", "Sequence<AB> []"], 20, "Sequence")
-    assert batch["weights"].sum(1).tolist() == [4 + 1, 15]
+    assert batch["weights"].sum(1).tolist() == [4, 15]
     assert prompts.decode(batch["tokens"][0]) == "Task<AB> [C]"
     with pytest.raises(ValueError, match="longer than 5"):
         prompts.rows(["Task<AB> [C]"], 5)
