@@ -24,9 +24,11 @@ from matplotlib.figure import Figure
 
 from experiments import command_line
 from zoo import reports, train
+from zoo.backbones import graph_gpt
+from zoo.data.prompts import rows
 from zoo.data.proteins import Chain, Proteins, read_proteins, simulated_proteins
 from zoo.papers import protein_gpt
-from zoo.papers.protein_gpt import ProteinGPT, ProteinGPTConfig, prompts
+from zoo.papers.protein_gpt import GraphGPT, GraphGPTConfig, prompts
 
 ClaimName = Literal["graph", "synergy", "inverse", "causality"]
 TARGETS = ((0.8, 0.0, 0.2), (0.0, 0.6, 0.4), (0.4, 0.2, 0.4))  # H, E, C asked of designs
@@ -85,10 +87,10 @@ def load(config: Config) -> Proteins:
     return Proteins(found.name, training, test[: config.test_chains], peptides)
 
 
-def network(config: Config, graph_layers: int) -> ProteinGPT:
+def network(config: Config, graph_layers: int) -> GraphGPT:
     """The paper's network in small, with or without a graph."""
-    return ProteinGPT(
-        ProteinGPTConfig(
+    return GraphGPT(
+        GraphGPTConfig(
             features=config.features, depth=config.depth, heads=config.heads, head_features=config.head_features,
             embedding=32, graph_layers=graph_layers,
         )
@@ -104,32 +106,20 @@ def text_of(task: str, data: Proteins, rng: np.random.Generator) -> str:
     return prompts.example(task, chain.sequence, structure=chain.structure)
 
 
-def rows(texts: Sequence[str], width: int) -> dict[str, Any]:
-    """Tokens and weights of labels: a sequence counts whole, of other tasks the answer does, its end included."""
-    tokens = np.zeros((len(texts), width), np.int32)
-    weights = np.zeros((len(texts), width), np.float32)
-    for row, text in enumerate(texts):
-        ids = prompts.encode(text)
-        first = 0 if text.startswith("Sequence<") else text.index(">") + 1
-        tokens[row, : len(ids)] = ids
-        weights[row, first : len(ids)] = 1
-    return {"tokens": tokens, "weights": weights}
-
-
 def longest_text(config: Config) -> int:
     """Tokens of the longest prompt with its answer."""
     return 2 * config.longest + 40
 
 
 def fit(
-    model: ProteinGPT, data: Proteins, tasks: Sequence[str], config: Config, run: train.Run, seed: int
+    model: GraphGPT, data: Proteins, tasks: Sequence[str], config: Config, run: train.Run, seed: int
 ) -> Any:  # fmt: skip
     """Trains on a mixture of tasks, each as likely."""
 
     def batch(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, step])
         chosen = rng.integers(len(tasks), size=config.batch_size)
-        return rows([text_of(tasks[index], data, rng) for index in chosen], longest_text(config))
+        return rows([text_of(tasks[index], data, rng) for index in chosen], longest_text(config), "Sequence")
 
     return train.fit_generated(
         model, protein_gpt.loss(model), batch, run, steps=config.steps, learning_rate=config.learning_rate, seed=seed
@@ -137,14 +127,10 @@ def fit(
 
 
 def ask(
-    model: ProteinGPT, variables: Any, questions: Sequence[str], config: Config, rng: jax.Array | None = None
+    model: GraphGPT, variables: Any, questions: Sequence[str], config: Config, rng: jax.Array | None = None
 ) -> list[str]:
     """Questions with the network's answers: the likeliest ones, or sampled ones."""
-    encoded = [prompts.encode(question + " [") for question in questions]
-    found = protein_gpt.generate(
-        model, variables, encoded, config.longest + 4, rng=rng, greedy=rng is None, eos=prompts.ANSWER_END
-    )
-    return [prompts.decode(row) for row in found]
+    return graph_gpt.ask(model, variables, questions, config.longest + 4, rng)
 
 
 class Forward(NamedTuple):
@@ -158,7 +144,7 @@ class Forward(NamedTuple):
     perplexity: float  # of answers about structure
 
 
-def forward_scores(model: ProteinGPT, variables: Any, data: Proteins, config: Config, residues: bool) -> Forward:
+def forward_scores(model: GraphGPT, variables: Any, data: Proteins, config: Config, residues: bool) -> Forward:
     """On test chains; an unreadable content counts as the training's mean, a residue without answer as wrong."""
     truth = np.stack([prompts.content(chain.structure) for chain in data.test])
     mean = np.mean([prompts.content(chain.structure) for chain in data.training], axis=0)
@@ -177,7 +163,7 @@ def forward_scores(model: ProteinGPT, variables: Any, data: Proteins, config: Co
             total += len(chain.structure)
             exact += len(given) == len(chain.structure)
     texts = [prompts.example(kind, chain.sequence, structure=chain.structure) for kind in kinds for chain in data.test]
-    batch = rows(texts, longest_text(config))
+    batch = rows(texts, longest_text(config), "Sequence")
     value = jax.jit(lambda variables: protein_gpt.lm_loss(model, variables, **batch, ignore_padding=True))(variables)
     return Forward(
         right / max(total, 1), exact / len(data.test),
@@ -295,7 +281,7 @@ def synergy(
 
 
 def inverse(
-    config: Config, data: Proteins, open_run: Callable[[str], train.Run], judge: tuple[ProteinGPT, Any] | None
+    config: Config, data: Proteins, open_run: Callable[[str], train.Run], judge: tuple[GraphGPT, Any] | None
 ) -> tuple[reports.Claim, Figure]:
     """Designs for asked contents, judged by two predictors."""
     seed = config.seeds[0]
@@ -368,7 +354,7 @@ def causality(config: Config) -> reports.Claim:
     )
 
 
-def graphs_figure(model: ProteinGPT, variables: Any, data: Proteins) -> Figure:
+def graphs_figure(model: GraphGPT, variables: Any, data: Proteins) -> Figure:
     """The graphs of the last layer, head by head, of a question."""
     text = prompts.prompt("residues3", data.test[0].sequence)
     links, _ = protein_gpt.graphs(model, variables, jnp.asarray([prompts.encode(text)], jnp.int32))

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-# A room may import those before it. `zoo.train`, `zoo.data` and `zoo.weights` stand beside the networks.
+# A room may import those before it. `zoo.diffusion`, `zoo.train`, `zoo.data` and `zoo.weights` stand beside networks.
 NETWORKS = ["kernels", "zoo.layers", "zoo.mixers", "zoo.backbones", "zoo.papers", "experiments"]
-BESIDE = ["zoo.errors", "zoo.files", "zoo.train", "zoo.data", "zoo.weights"]
+BESIDE = ["zoo.errors", "zoo.files", "zoo.diffusion", "zoo.train", "zoo.data", "zoo.weights"]
 
 
 def room(module: str) -> str | None:

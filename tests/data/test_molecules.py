@@ -66,3 +66,39 @@ def test_drawings_need_a_weight_an_atom():
         molecules.draw("CCO", [0, 1])
     with pytest.raises(ValueError, match="not the SMILES"):
         molecules.draw("C(")
+
+
+def test_characters_are_numbered_by_frequency():
+    language = molecules.CharacterLanguage(["CCO", "CN"])
+    assert language.characters == "CON" and len(language) == 4
+    assert language.encode("CNO", 5).tolist() == [1, 3, 2, 0, 0]
+    assert language.decode([1, 0, 3, 0]) == "CN"
+
+
+def test_marked_sequences_end_at_the_first_end():
+    language = molecules.CharacterLanguage(["CCO", "CN"], ends=True)
+    assert language.characters == "C@$ON"
+    row = language.encode("CN", 6)
+    assert row.tolist() == [2, 1, 5, 3, 0, 0] and language.decode(row) == "CN"
+    assert language.decode([2, 1, 3, 1, 1]) == "C"
+
+
+def test_sequences_that_do_not_fit_are_refused():
+    language = molecules.CharacterLanguage(["CCO"], ends=True)
+    with pytest.raises(ValueError, match="does not fit a length of 4"):
+        language.encode("CCO", 4)
+    with pytest.raises(ValueError, match="other characters"):
+        language.encode("CN", 9)
+    with pytest.raises(ValueError, match="mark the ends"):
+        molecules.CharacterLanguage(["C[C@H](N)O"], ends=True)
+
+
+def test_stereochemistry_is_taken_off():
+    assert molecules.flat("C[C@H](N)O") == molecules.flat("C[C@@H](O)N") == "CC(N)O"
+    assert molecules.flat("C(") is None
+
+
+def test_descriptors_go_by_name():
+    assert molecules.descriptor("MolWt", "C") == pytest.approx(16.04, abs=0.01)
+    with pytest.raises(ValueError, match="no descriptor"):
+        molecules.descriptor("Charm", "C")

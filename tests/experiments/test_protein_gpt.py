@@ -21,7 +21,7 @@ def test_causality_through_the_graph(tmp_path):
 
 
 def test_labels_are_the_answer():
-    batch = protein_gpt.rows(["Task<AB> [C]", "Sequence<AB> []"], 20)
+    batch = protein_gpt.rows(["Task<AB> [C]", "Sequence<AB> []"], 20, "Sequence")
     assert batch["weights"][0].tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 8
     assert batch["weights"][1].sum() == len("Sequence<AB> []")
 

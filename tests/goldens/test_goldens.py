@@ -19,6 +19,9 @@ SLOW = {
     "circuit_reuse/smollm2_ioi",
     "retrieval_head/smollm2_needle",
     # Whole networks and their training steps, which take long to compile; their parts are quick cases.
+    "des_design/forward_unet_full",
+    "des_design/inverse_unet_full",
+    "des_design/small_sampling",
     "efficientformer/l1_train_step",
     "efficientformer/l3_224",
     "emov2/emov2_1m_train_step_64",

@@ -10,12 +10,12 @@ import pytest
 
 import zoo
 from tests.parameters import random_parameters
+from zoo.backbones.graph_gpt.language import largest
 from zoo.papers import protein_gpt
-from zoo.papers.protein_gpt import Graph, ProteinGPT, ProteinGPTConfig, graph_attention, prompts
-from zoo.papers.protein_gpt.language import largest
+from zoo.papers.protein_gpt import Graph, GraphGPT, GraphGPTConfig, graph_attention, prompts
 from zoo.weights.names import to_published
 
-SMALL = ProteinGPTConfig(
+SMALL = GraphGPTConfig(
     features=16, depth=2, heads=2, head_features=8, mlp_ratio=2, embedding=6, position_features=6, tokens=128,
     logits=128, graph_layers=2,
 )  # fmt: skip
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def built(**changes):
-    model = ProteinGPT(dataclasses.replace(SMALL, **changes))
+    model = GraphGPT(dataclasses.replace(SMALL, **changes))
     return model, random_parameters(model, TOKENS)
 
 
@@ -183,7 +183,7 @@ def test_wrong_configs_are_refused(changes, message):
 
 
 def test_wrong_inputs_are_refused():
-    model = ProteinGPT(SMALL)
+    model = GraphGPT(SMALL)
     with pytest.raises(ValueError, match="tokens must be integers"):
         model.init(jax.random.key(0), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="prompts of at least one token"):

@@ -5,6 +5,7 @@ RDKit does the chemistry (`pip install 'zoo[molecules]'`); tokens need nothing.
 
 from __future__ import annotations
 
+import collections
 import gzip
 import pathlib
 import re
@@ -41,6 +42,23 @@ def canonical(smiles: str) -> str | None:
     chem = rdkit()
     parsed = chem.MolFromSmiles(smiles) if smiles else None
     return None if parsed is None else chem.MolToSmiles(parsed)
+
+
+def descriptor(name: str, smiles: str) -> float:
+    """A descriptor of a molecule, by RDKit's name, such as "MolLogP". Raises ValueError for a name it does not have."""
+    from rdkit.Chem import Descriptors
+
+    function = getattr(Descriptors, name, None)
+    if function is None:
+        raise ValueError(f"RDKit has no descriptor {name!r}")
+    return float(function(molecule(smiles)))
+
+
+def flat(smiles: str) -> str | None:
+    """RDKit's canonical writing without stereochemistry, or None where the string is no molecule."""
+    chem = rdkit()
+    parsed = chem.MolFromSmiles(smiles) if smiles else None
+    return None if parsed is None else chem.MolToSmiles(parsed, isomericSmiles=False)
 
 
 def random_smiles(smiles: str, rng: np.random.Generator) -> str:
@@ -104,6 +122,51 @@ class SmilesLanguage:
     def decode(self, numbers: Sequence[int]) -> str:
         """The string of a sequence: what stands between start and stop."""
         return "".join(self.tokens[number] for number in numbers if number > self.STOP)
+
+
+class CharacterLanguage:
+    """Characters of SMILES numbered from 1 by falling frequency; 0 fills sequences up. Ends may be marked, by @ and $.
+
+    Fields:
+      characters: in the order of their numbers.
+      ends: whether sequences begin and end with a mark.
+    """
+
+    START, END = "@", "$"
+
+    def __init__(self, smiles: Iterable[str], ends: bool = False) -> None:
+        """Of all characters that occur, those as frequent in order of appearance.
+
+        Raises ValueError where a mark is a character of the strings: chirality, say, which `flat` takes off.
+        """
+        texts = list(smiles)
+        marks = self.START + self.END if ends else ""
+        for text in texts:
+            if set(text) & set(marks):
+                raise ValueError(f"{text!r} holds {self.START} or {self.END}, which mark the ends of sequences")
+        count = collections.Counter("".join(f"{marks[:1]}{text}{marks[1:]}" for text in texts))
+        self.characters = "".join(sorted(count, key=lambda character: -count[character]))
+        self.ends = ends
+
+    def __len__(self) -> int:
+        """How many numbers there are, 0 among them."""
+        return len(self.characters) + 1
+
+    def encode(self, smiles: str, length: int) -> np.ndarray:
+        """int32 (length,). Raises ValueError for a string that is too long, or holds another character."""
+        text = f"{self.START}{smiles}{self.END}" if self.ends else smiles
+        if len(text) > length:
+            raise ValueError(f"{smiles!r} does not fit a length of {length}")
+        if not set(text) <= set(self.characters):
+            raise ValueError(f"{smiles!r} holds other characters than {self.characters!r}")
+        row = np.zeros(length, np.int32)
+        row[: len(text)] = [self.characters.index(character) + 1 for character in text]
+        return row
+
+    def decode(self, numbers: Sequence[int] | np.ndarray) -> str:
+        """The string of a sequence, zeros left out; where ends are marked, what stands before the first end."""
+        text = "".join(self.characters[int(number) - 1] for number in numbers if number > 0)
+        return text.removeprefix(self.START).split(self.END)[0] if self.ends else text
 
 
 def morgan_fingerprints(smiles: Sequence[str], bits: int = 512, radius: int = 2) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The position-wise network of a Transformer block, plain or gated, and its activations by name."""
+"""Position-wise networks of Transformer blocks, plain, gated or with two norms, and activations by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo.errors import unknown
+from zoo.layers.norms import norm
 from zoo.layers.partitioning import dense
 
 
@@ -71,3 +72,27 @@ class MLP(nn.Module):
         else:
             hidden = PLAIN[self.kind](up)
         return project(x.shape[-1], ("mlp", "embed"), kernel_init=self.out_init, name="down")(hidden)
+
+
+class NormedMLP(nn.Module):
+    """down(norm(gelu(up(norm(x))))) with the exact gelu, norms that have a gain only, and no bias.
+
+    Fields:
+      hidden: width between the two projections.
+      kernel_init: of both.
+    """
+
+    hidden: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., features) to the same shape."""
+        options: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        project: Callable[..., nn.Dense] = partial(dense, kernel_init=self.kernel_init, **options)
+        y = norm("layer", epsilon=1e-5, **options, name="norm")(x)
+        y = PLAIN["gelu"](project(self.hidden, ("embed", "mlp"), name="up")(y))
+        y = norm("layer", epsilon=1e-5, axis="mlp", **options, name="hidden_norm")(y)
+        return project(x.shape[-1], ("mlp", "embed"), name="down")(y)

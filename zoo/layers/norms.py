@@ -21,6 +21,7 @@ def norm(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
     axis: str | None = "embed",
+    use_bias: bool = True,
     name: str | None = None,
 ) -> nn.LayerNorm | nn.RMSNorm:
     """A normalisation of the last axis.
@@ -35,6 +36,7 @@ def norm(
       dtype: of the output; None infers it from input and parameters.
       param_dtype: of the parameters.
       axis: logical name of the normalised axis.
+      use_bias: whether "layer" has a bias; "rms" never has.
       name: the module's name.
 
     Raises:
@@ -48,6 +50,7 @@ def norm(
             param_dtype=param_dtype,
             scale_init=scale_init,
             bias_init=partitioned(nn.initializers.zeros_init(), axis),
+            use_bias=use_bias,
             use_fast_variance=False,
             name=name,
         )

@@ -21,6 +21,19 @@ def sinusoids(length: int, features: int) -> np.ndarray:
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, features).astype(np.float32)
 
 
+def half_sinusoids(length: int, features: int, first: jax.Array | int = 0) -> jax.Array:
+    """float32 (length, features): all sines, then all cosines, of p w_i, w_i = 10000^(-2i / features), p >= `first`.
+
+    Raises:
+      ValueError: `features` is odd.
+    """
+    if features % 2:
+        raise ValueError(f"sinusoids need an even number of features, got {features}")
+    frequencies = 10_000.0 ** (-np.arange(0, features, 2) / features)
+    angles = (first + jnp.arange(length))[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 def fairseq_sinusoids(positions: jax.Array, features: int) -> jax.Array:
     """float32 (..., features): half sines and half cosines of (t + 2) w_i, w_i = 10000^(-i / (features / 2 - 1)).
 

@@ -12,8 +12,8 @@ import optax
 
 import zoo
 from tests.goldens.runner import Prefix
+from zoo.backbones.graph_gpt.model import Graph, GraphGPTConfig, spread
 from zoo.papers import protein_gpt
-from zoo.papers.protein_gpt.model import Graph, ProteinGPTConfig, spread
 from zoo.weights.names import convert
 
 _FIELDS = {
@@ -95,7 +95,7 @@ def _losses(model, variables, tokens, overrides, inputs) -> dict[str, np.ndarray
 def _graph_layers(overrides, inputs, state_dict) -> dict[str, np.ndarray]:
     """The batch's heads are its batch here."""
     value, links = jnp.asarray(inputs["v"])[:, :, None], jnp.asarray(inputs["adjacency"])[:, None]
-    config = ProteinGPTConfig(
+    config = GraphGPTConfig(
         head_features=value.shape[-1], graph_layers=overrides.get("layers", 3), graph_skip=overrides.get("skip", True)
     )
     graph = Graph(config)

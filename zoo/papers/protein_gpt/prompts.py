@@ -6,10 +6,27 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Sequence
 
 import numpy as np
+
+from zoo.data.prompts import ANSWER_END, TASK_END, answer, decode, encode, numbers, parse_numbers
+
+__all__ = [
+    "ANSWER_END",
+    "RESIDUES",
+    "TASKS",
+    "TASK_END",
+    "Task",
+    "answer",
+    "content",
+    "decode",
+    "encode",
+    "example",
+    "numbers",
+    "parse_numbers",
+    "parse_sequence",
+    "prompt",
+]
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -40,27 +57,6 @@ TASKS: dict[str, Task] = {
     "from_content": Task("GenerateSSContent3", "HEC", inverse=True),
     "from_property": Task("GenerateProperty", inverse=True),
 }
-TASK_END = ord(">")
-ANSWER_END = ord("]")
-
-
-def encode(text: str) -> list[int]:
-    """Bytes. Raises ValueError for characters beyond ASCII."""
-    if not text.isascii():
-        raise ValueError(f"prompts are ASCII, got {text!r}")
-    return list(text.encode())
-
-
-def decode(tokens: Sequence[int] | np.ndarray) -> str:
-    """Text of bytes up to the first padding (0)."""
-    values = [int(token) for token in tokens]
-    end = values.index(0) if 0 in values else len(values)
-    return bytes(values[:end]).decode("latin-1")
-
-
-def numbers(values: Sequence[float] | np.ndarray) -> str:
-    """As text with two digits: 0.48,0.00,0.52."""
-    return ",".join(f"{value:.2f}" for value in values)
 
 
 def content(structure: str, classes: str = "HEC") -> np.ndarray:
@@ -106,27 +102,6 @@ def example(task: str, sequence: str, *, structure: str = "", value: float | Non
         told = numbers([float(value if value is not None else 0)])
     question, answer = (told, sequence) if kind.inverse else (sequence, told)
     return f"{prompt(task, question)} [{answer}]"
-
-
-_ANSWER = re.compile(r"> \[([^\[\]]*)\]")
-
-
-def answer(text: str) -> str | None:
-    """What stands in the brackets behind a question, or None where there is no whole answer."""
-    match = _ANSWER.search(text)
-    return None if match is None else match[1]
-
-
-def parse_numbers(text: str, count: int) -> np.ndarray | None:
-    """The answer's numbers, or None where they are not `count` numbers."""
-    found = answer(text)
-    if found is None:
-        return None
-    try:
-        values = np.array([float(part) for part in found.split(",")])
-    except ValueError:
-        return None
-    return values if len(values) == count and np.isfinite(values).all() else None
 
 
 def parse_sequence(text: str) -> str | None:

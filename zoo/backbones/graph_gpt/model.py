@@ -1,4 +1,4 @@
-"""The protein transformer whose attention maps are graphs: a byte-level decoder, with a cache that holds graph states.
+"""A decoder of bytes whose attention maps may be graphs of the values, with a cache that holds graph states.
 
 B sequences, L tokens, H heads, e channels a head.
 """
@@ -16,17 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention import attention
+from zoo.layers import norms
 from zoo.layers.convolution import torch_bias_init, torch_kernel_init
 from zoo.layers.dropout import Dropout
+from zoo.layers.mlp import NormedMLP
 from zoo.layers.partitioning import dense, partitioned
+from zoo.layers.positions import half_sinusoids
 
 _gelu = partial(nn.gelu, approximate=False)
 _ROWS = 128  # of the map that are whole at a time, where thresholds need its entries
 
 
 @dataclasses.dataclass(frozen=True)
-class ProteinGPTConfig:
-    """A protein transformer.
+class GraphGPTConfig:
+    """A decoder of bytes, with or without graphs.
 
     Attributes:
       features: width of the residual stream.
@@ -98,22 +101,15 @@ class ProteinGPTConfig:
         return self.threshold_min > 0 or self.threshold_max < 1
 
 
-def example_inputs(config: ProteinGPTConfig, batch_size: int) -> dict[str, np.ndarray]:
+def example_inputs(config: GraphGPTConfig, batch_size: int) -> dict[str, np.ndarray]:
     """Tokens of sequences of 64."""
     return {"tokens": np.random.default_rng(0).integers(0, config.tokens, (batch_size, 64), dtype=np.int32)}
-
-
-def positions(first: jax.Array | int, length: int, features: int) -> jax.Array:
-    """float32 (length, features): sines, then cosines, of p w_i, w_i = 10000^(-2i / features)."""
-    frequencies = 10_000.0 ** (-np.arange(0, features, 2) / features)
-    angles = (first + jnp.arange(length))[:, None] * frequencies.astype(np.float32)
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------ graph
 
 
-def link(weights: jax.Array, own: jax.Array, config: ProteinGPTConfig) -> jax.Array:
+def link(weights: jax.Array, own: jax.Array, config: GraphGPTConfig) -> jax.Array:
     """Attention weights (..., queries, keys) as links; `own`, bool, says which key is the query itself."""
     if config.graph_identity:
         weights = weights + own
@@ -138,7 +134,7 @@ class Graph(nn.Module):
     The first one's messages, W v + b, are asked for ahead (`message`), so that the attention's own pass spreads them.
     """
 
-    config: ProteinGPTConfig
+    config: GraphGPTConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -186,7 +182,7 @@ class Hops(NamedTuple):
     from_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (messages, what `attend` gave) to means
 
 
-def graph_hops(query: jax.Array, key: jax.Array, config: ProteinGPTConfig, segments: Mapping[str, Any]) -> Hops:
+def graph_hops(query: jax.Array, key: jax.Array, config: GraphGPTConfig, segments: Mapping[str, Any]) -> Hops:
     """The functions of `Hops`, none of which makes the map whole.
 
     Attention's rows add up to 1, so a hop along it is attention with other values. A clamped link to oneself is 1 in
@@ -231,7 +227,7 @@ def _attend(
 
 
 def _thresholded(
-    query: jax.Array, key: jax.Array, messages: jax.Array, config: ProteinGPTConfig, segments: Mapping[str, Any]
+    query: jax.Array, key: jax.Array, messages: jax.Array, config: GraphGPTConfig, segments: Mapping[str, Any]
 ) -> jax.Array:
     """Some rows of the map at a time, made again for the gradient."""
     batch, length, heads, _ = query.shape
@@ -261,7 +257,7 @@ def attention_map(query: jax.Array, key: jax.Array, seen: jax.Array) -> jax.Arra
 
 def graph_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, graph: Callable[..., jax.Array], messages: jax.Array,
-    config: ProteinGPTConfig, *, segments: Mapping[str, Any] | None = None, dense: bool = False,
+    config: GraphGPTConfig, *, segments: Mapping[str, Any] | None = None, dense: bool = False,
     train: bool = False,
 ) -> jax.Array:  # fmt: skip
     """A v + graph(A, v) for causal A = softmax(q k^T).
@@ -306,7 +302,7 @@ class Cache(NamedTuple):
 class GraphAttention(nn.Module):
     """norm(W_o (A v + graph(A, v))), of a normed input."""
 
-    config: ProteinGPTConfig
+    config: GraphGPTConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -417,31 +413,28 @@ def _plain_mean(row: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.einsum("bhqk,bkhe->bqhe", row, values.astype(jnp.float32))
 
 
-def norm(module: Any, name: str) -> nn.LayerNorm:
-    """A layer norm with a gain and no bias."""
-    return nn.LayerNorm(
-        1e-5, use_bias=False, use_fast_variance=False, dtype=module.dtype, param_dtype=module.param_dtype,
-        scale_init=partitioned(nn.initializers.ones_init(), "embed"), name=name,
-    )  # fmt: skip
+def norm(module: Any, name: str) -> Any:
+    """A layer norm with a gain and no bias, of a module's dtypes."""
+    return norms.norm(
+        "layer", epsilon=1e-5, use_bias=False, dtype=module.dtype, param_dtype=module.param_dtype, name=name
+    )
 
 
-class FeedForward(nn.Module):
-    """norm, up, gelu, norm, down; or, with convolutions, no norms."""
+class ConvolvedMLP(nn.Module):
+    """up, gelu (or gated), down, without norms, and causal depthwise convolutions before, inside and after."""
 
-    config: ProteinGPTConfig
+    config: GraphGPTConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """(B, L, features) to the same."""
-        config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        config = self.config
         width = config.mlp_ratio * x.shape[-1]
-        make: Callable[..., nn.Dense] = partial(dense, kernel_init=torch_kernel_init, **options)
-        if not (config.mlp_kernel or config.mlp_inner_kernel):
-            y = make(width, ("embed", "mlp"), use_bias=False, name="up")(norm(self, "norm")(x))
-            y = norm(self, "hidden_norm")(_gelu(y))
-            return make(x.shape[-1], ("mlp", "embed"), use_bias=False, name="down")(y)
+        make: Callable[..., nn.Dense] = partial(
+            dense, kernel_init=torch_kernel_init, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         y = self._convolved(x, config.mlp_kernel, "before")
         wide = 2 * width if config.mlp_gated else width
         y = make(wide, ("embed", "mlp"), bias_init=torch_bias_init(x.shape[-1]), name="up")(y)
@@ -471,10 +464,10 @@ class FeedForward(nn.Module):
         return x + convolution(_gelu(convolution(x, f"{name}_0")), f"{name}_1")
 
 
-class ProteinGPT(nn.Module):
+class GraphGPT(nn.Module):
     """The network."""
 
-    config: ProteinGPTConfig
+    config: GraphGPTConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -529,7 +522,7 @@ class ProteinGPT(nn.Module):
         )(tokens)  # fmt: skip
         first = 0 if past is None else past[1]
         place = jnp.broadcast_to(
-            positions(first, tokens.shape[1], config.position_features).astype(x.dtype),
+            half_sinusoids(tokens.shape[1], config.position_features, first).astype(x.dtype),
             (*tokens.shape, config.position_features),
         )
         x = jnp.concatenate([x, place], axis=-1) if config.concat_positions else x + place
@@ -544,6 +537,14 @@ class ProteinGPT(nn.Module):
             mixed, cache = mixer(x, train, hidden, None if past is None else (past[0][index], past[1]))
             caches.append(cache)
             x = x + mixed
-            x = x + FeedForward(config, **options, name=f"mlp_{index}")(x, train)
+            x = x + self._mlp(f"mlp_{index}")(x, train)
         logits = make(config.logits, ("embed", "vocab"), name="head")(norm(self, "norm_out")(x)).astype(jnp.float32)
         return logits if past is None else (logits, tuple(caches))
+
+    @nn.nowrap
+    def _mlp(self, name: str) -> Callable[[jax.Array, bool], jax.Array]:
+        config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype, "name": name}
+        if config.mlp_kernel or config.mlp_inner_kernel:
+            return ConvolvedMLP(config, **options)
+        plain = NormedMLP(config.mlp_ratio * config.features, kernel_init=torch_kernel_init, **options)
+        return lambda x, train: plain(x)

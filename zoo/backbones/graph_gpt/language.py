@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from zoo.papers.protein_gpt.model import Cache, ProteinGPT, attention_map, link
+from zoo.backbones.graph_gpt.model import Cache, GraphGPT, attention_map, link
+from zoo.data import prompts
 
 MASK_TOKEN = 95  # "_"
 
@@ -28,7 +29,7 @@ def largest(noise: jax.Array, share: float) -> jax.Array:
 
 
 def lm_loss(
-    model: ProteinGPT,
+    model: GraphGPT,
     variables: Any,
     tokens: jax.Array,
     *,
@@ -84,7 +85,7 @@ def lm_loss(
     return jnp.sum(losses * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
-def loss(model: ProteinGPT) -> Callable:
+def loss(model: GraphGPT) -> Callable:
     """For `zoo.train`: the batch holds "tokens" (B, L), padded with 0, and perhaps "weights" of labels (B, L)."""
 
     def loss_function(params, model_state, batch, rngs, train):
@@ -98,7 +99,7 @@ def loss(model: ProteinGPT) -> Callable:
 
 
 def decode_step(
-    model: ProteinGPT, variables: Any, tokens: jax.Array, place: jax.Array, caches: tuple[Cache, ...]
+    model: GraphGPT, variables: Any, tokens: jax.Array, place: jax.Array, caches: tuple[Cache, ...]
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Logits (B, logits) after one more token (B,) at `place`, and the caches: O(place) work, graph states kept."""
     apply: Callable[..., Any] = model.apply
@@ -131,9 +132,9 @@ def _generate(model, variables, tokens, lengths, rng, temperature, *, steps, gre
 
 
 def generate(
-    model: ProteinGPT,
+    model: GraphGPT,
     variables: Any,
-    prompts: Sequence[Sequence[int]] | np.ndarray,
+    starts: Sequence[Sequence[int]] | np.ndarray,
     steps: int,
     *,
     rng: jax.Array | None = None,
@@ -147,7 +148,7 @@ def generate(
 
     Args:
       model, variables: the network.
-      prompts: tokens of each, perhaps of several lengths, none empty.
+      starts: tokens of each prompt, perhaps of several lengths, none empty.
       steps: new tokens.
       rng: for sampling; not needed if greedy.
       temperature: divides the logits.
@@ -163,13 +164,13 @@ def generate(
     Raises:
       ValueError: an empty prompt, steps below 1, no rng for sampling, or a temperature or fraction out of range.
     """
-    if not len(prompts) or min(map(len, prompts)) < 1 or steps < 1:
+    if not len(starts) or min(map(len, starts)) < 1 or steps < 1:
         raise ValueError("generation needs prompts of at least one token, and at least one step")
     if not greedy and (rng is None or temperature <= 0 or not 0 < top_k_fraction <= 1):
         raise ValueError("sampling needs an rng, a positive temperature and top_k_fraction in (0, 1]")
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
+    lengths = np.array([len(prompt) for prompt in starts])
+    tokens = np.zeros((len(starts), lengths.max()), np.int32)
+    for row, prompt in zip(tokens, starts, strict=True):
         row[: len(prompt)] = prompt
     found = np.array(
         _generate(
@@ -188,7 +189,16 @@ def generate(
     return rows
 
 
-def graphs(model: ProteinGPT, variables: Any, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def ask(
+    model: GraphGPT, variables: Any, questions: Sequence[str], steps: int, rng: jax.Array | None = None
+) -> list[str]:
+    """Questions (`zoo.data.prompts`) with the network's answers of up to `steps` bytes: sampled, or the likeliest."""
+    encoded = [prompts.encode(question + " [") for question in questions]
+    found = generate(model, variables, encoded, steps, rng=rng, greedy=rng is None, eos=prompts.ANSWER_END)
+    return [prompts.decode(row) for row in found]
+
+
+def graphs(model: GraphGPT, variables: Any, tokens: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """The graphs of every layer and head, for looking at: links, and how much each node is listened to.
 
     Args:
