@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import recurrent
-from kernels.common import Implementation, check_heads, check_implementation, round_up
+from kernels.common import Implementation, check_heads, check_implementation, computing_dtype, round_up
 from kernels.neural_memory import reference
 from kernels.neural_memory.bias import attentional_bias, smooth_absolute, smooth_sign
 from kernels.neural_memory.chunked import Chunk
@@ -37,7 +37,7 @@ _LEAST_IN_KERNEL = 16
 
 
 class MemoryState(NamedTuple):
-    """The memory after some tokens; arrays of each layer (batch, heads, out, in), float32."""
+    """The memory after some tokens; arrays of each layer (batch, heads, out, in), float32 or float64."""
 
     weights: Weights
     momentum: Weights  # empty without momentum
@@ -47,7 +47,7 @@ class MemoryState(NamedTuple):
 
 def initial_state(weights: Weights, batch_size: int, *, momentum: bool = True) -> MemoryState:
     """The memory before the first token: weights (heads, out, in) of each layer, no momentum."""
-    first = tuple(jnp.broadcast_to(w.astype(jnp.float32), (batch_size, *w.shape)) for w in weights)
+    first = tuple(jnp.broadcast_to(w.astype(computing_dtype(w.dtype)), (batch_size, *w.shape)) for w in weights)
     zeros = tuple(map(jnp.zeros_like, first)) if momentum else ()
     return MemoryState(first, zeros, first, jnp.zeros(batch_size, jnp.int32))
 
@@ -73,11 +73,13 @@ def neural_memory(
 
     M(x) = W_L gelu(... gelu(W_1 x)), with `norm` x + LN of it (epsilon 1e-6); gelu in its tanh form. Gradients are
     taken at the weights of the last border, every `chunk_size` tokens: the chunk size is part of the model, 1 the
-    online rule (Behrouz et al. 2024, equations 8 to 15). Differentiable, through the inner training, in everything but
-    `lengths`; the gradient keeps the weights and momentum at borders, computed again.
+    online rule (Behrouz et al. 2024, equations 8 to 15). Differentiable, through
+    the inner training, in everything but `lengths`; the gradient keeps the weights and momentum at borders, computed
+    again. With `norm` and an alpha of 0.02 rounding grows tenfold every hundred tokens or less, in any implementation
+    (README of `kernels`).
 
     Args:
-      query, key, value: (batch, time, heads, D), of one dtype.
+      query, key, value: (batch, time, heads, D), of one dtype. Float64 is computed in float64, all else in float32.
       alpha: (batch, time, heads, layers), float in [0, 1]: what is forgotten of each layer's weights.
       eta: likewise, what remains of the momentum; None is none, and no momentum in the state.
       theta: likewise, >= 0: the step.
@@ -100,14 +102,16 @@ def neural_memory(
     """
     check_implementation(implementation)
     _check(query, key, value, alpha, eta, theta, memory, norm, chunk_size, lengths)
-    implementation = _choose(chunk_size, implementation)
-    batch = query.shape[0]
-    gates = [None if x is None else x.astype(jnp.float32) for x in (alpha, eta, theta)]
+    implementation = _choose(chunk_size, query.dtype, implementation)
+    batch, compute = query.shape[0], computing_dtype(query.dtype)
+    gates = [None if x is None else x.astype(compute) for x in (alpha, eta, theta)]
     aligned = not isinstance(memory, MemoryState) and lengths is None
     if not isinstance(memory, MemoryState):
         memory = initial_state(memory, batch, momentum=eta is not None)
+    weights, momentum, border = (tuple(x.astype(compute) for x in group) for group in memory[:3])
+    memory = MemoryState(weights, momentum, border, memory.tokens)
     if norm is not None:
-        norm = (norm[0].astype(jnp.float32), norm[1].astype(jnp.float32))
+        norm = (norm[0].astype(compute), norm[1].astype(compute))
     if implementation == "reference":  # the definition is differentiated by JAX itself
         return _reference(query, key, value, gates, memory, norm, chunk_size, lengths)
     inputs = {"query": query, "key": key, "value": value}
@@ -135,10 +139,11 @@ def read_memory(query: jax.Array, weights: Weights, norm: tuple[jax.Array, jax.A
     if query.ndim != 4 or not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(f"query must be floating point (batch, time, heads, D), got {query.dtype} {query.shape}")
     _check_weights(weights, (query.shape[0], query.shape[2]), query.shape[3])
-    x = y = query.astype(jnp.float32)
+    compute = computing_dtype(query.dtype)
+    x = y = query.astype(compute)
     for layer, weight in enumerate(weights):
         y = jax.nn.gelu(y, approximate=True) if layer else y
-        y = jnp.einsum("bthi,bhoi->btho", y, weight.astype(jnp.float32), precision="highest")
+        y = jnp.einsum("bthi,bhoi->btho", y, weight.astype(compute), precision="highest")
     if norm is not None:
         y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + reference.NORM_EPSILON)
@@ -146,7 +151,13 @@ def read_memory(query: jax.Array, weights: Weights, norm: tuple[jax.Array, jax.A
     return y.astype(query.dtype)
 
 
-def _choose(chunk_size: int, implementation: Implementation | None) -> Implementation | None:
+def _choose(chunk_size: int, dtype: Any, implementation: Implementation | None) -> Implementation | None:
+    if dtype == jnp.float64:
+        if implementation in ("tpu", "gpu"):
+            raise ValueError(
+                f"implementation {implementation!r} computes in float32; float64 has reference and chunked"
+            )
+        return implementation or "chunked"
     in_kernel = chunk_size >= _LEAST_IN_KERNEL and not chunk_size & (chunk_size - 1)
     if implementation in ("tpu", "gpu") and not in_kernel:
         raise ValueError(

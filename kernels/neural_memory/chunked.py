@@ -44,7 +44,7 @@ def remains(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     # The binary tree over the chunk, leaves first: of a node, `since` multiplies from its start on, `until` to its end.
     length = factor.shape[1]
     i, j = places(length, length)
-    between, since, until = (i == j).astype(jnp.float32), factor, jnp.ones_like(factor)
+    between, since, until = (i == j).astype(factor.dtype), factor, jnp.ones_like(factor)
     _, place = places(1, length)
     shift = 0
     while 1 << shift < length:
@@ -96,7 +96,7 @@ class Chunk:
     ) -> tuple[State, jax.Array]:
         """One chunk, at most up to a border."""
         # Training amplifies what products lose: bfloat16 factors alone miss the outputs' tolerance.
-        arithmetic = arithmetic._replace(fine=arithmetic.dtype != jnp.float32)
+        arithmetic = arithmetic._replace(fine=arithmetic.dtype == jnp.bfloat16)
         rest = list(state)
 
         def take(count: int) -> list[jax.Array]:
@@ -111,7 +111,7 @@ class Chunk:
         length = query.shape[0]
 
         _, column = places(1, length)
-        live = jnp.ones((1, length), jnp.float32) if self.aligned else inputs["live"]
+        live = jnp.ones((1, length), query.dtype) if self.aligned else inputs["live"]
         if tokens is not None:
             live = jnp.where(column < tokens, live, 0.0)
         layer_inputs, errors = self._gradients(border, norm, key, value, arithmetic)

@@ -45,7 +45,7 @@ def forward(
       query, key, value: (B, T, H, D).
       alpha, eta, theta: (B, T, H, L).
       live, complete: bool (B, T): the token exists; after it a chunk ends, and W_t becomes the border's weights.
-      weights, momentum, border: of each layer (B, H, out, in), float32. Momentum is empty if eta is None.
+      weights, momentum, border: of each layer (B, H, out, in), float32 or float64. Momentum is empty if eta is None.
       norm: scale and bias (H, D), or None.
 
     Returns:
@@ -73,7 +73,8 @@ def forward(
         sequence = (query, key, value, alpha, eta, theta, live, complete)
         return jax.lax.scan(token, (weights, momentum, border), sequence)
 
-    sequence = [None if x is None else x.astype(jnp.float32) for x in (query, key, value, alpha, eta, theta)]
+    compute = weights[0].dtype
+    sequence = [None if x is None else x.astype(compute) for x in (query, key, value, alpha, eta, theta)]
     by_head = jax.vmap(one_head, in_axes=(1, 1, 1, 1, 1, 1, None, None, 0, 0, 0, 0), out_axes=(0, 1))
     by_batch: Any = jax.vmap(by_head, in_axes=(0,) * 11 + (None,))
     states, out = by_batch(*sequence, live, complete, weights, momentum, border, norm)

@@ -13,7 +13,7 @@ import pytest
 from kernels.delta_rule import delta_rule
 from kernels.neural_memory import MemoryState, initial_state, neural_memory
 from kernels.neural_memory.chunked import remains
-from tests.kernels.recurrent_cases import assert_close, assert_equals_reference, normal, unit
+from tests.kernels.recurrent_cases import assert_close, assert_equals_reference, normal, outputs_and_gradients, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,38 @@ def test_chunked_equals_recurrent(variant):
 def test_chunked_equals_recurrent_in_bfloat16():
     case = Case(dtype="bfloat16")
     assert_equals_reference(case, case.arrays(), "chunked", "bfloat16")
+
+
+def in_float64(arrays):
+    return {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mlp", "deep", "continued"])
+def test_chunked_equals_recurrent_in_float64(variant):
+    """Values and gradients, to what float64 resolves: the forms are one function, whatever float32 makes of them."""
+    case = Case(**VARIANTS[variant])
+    with jax.enable_x64(True):
+        arrays = in_float64(case.arrays())
+        got, expected = (outputs_and_gradients(case, arrays, name, "float64") for name in ("chunked", "reference"))
+    for (path, right), left in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+        assert left.dtype == right.dtype and left.dtype in (jnp.float64, jnp.int32)
+        assert_close(left, right, 1e-11, "float64", jax.tree_util.keystr(path))
+
+
+def test_long_sequences_amplify_rounding_and_not_errors():
+    """At Titans' first gates and 512 tokens, a change of keys in float32's last place changes outputs by 1e-3 and more.
+
+    So do float32's own roundings, in either form; in float64 the forms are equal.
+    """
+    case = Case(time=512, heads=1, width=32, hidden=(128,))
+    with jax.enable_x64(True):
+        arrays = in_float64(case.arrays())
+        call = jax.jit(lambda arrays, name: case(arrays, name)[0], static_argnums=1)
+        right = call(arrays, "reference")
+        moved = call(arrays | {"key": arrays["key"] * (1 + 2.0**-24 * jnp.sign(arrays["value"]))}, "reference")
+        assert_close(call(arrays, "chunked"), right, 1e-8, "float64", "out")
+        assert float(jnp.abs(moved - right).max()) > 1e-3 * float(right.std())
 
 
 @pytest.mark.parametrize(
