@@ -34,15 +34,19 @@ def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def remains(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Products of a row of factors (1, time), time a power of 2, exact where a factor is 0.
+    """Products of a row of factors (1, time), exact where a factor is 0.
 
     Returns:
       between (time, time): prod_{j<t<=i} factor_t, 1 on the diagonal and 0 above it.
       since_start (time, 1): prod_{t<=i} factor_t.
       until_end (1, time): prod_{t>j} factor_t.
     """
-    # The binary tree over the chunk, leaves first: of a node, `since` multiplies from its start on, `until` to its end.
     length = factor.shape[1]
+    missing = (1 << (length - 1).bit_length()) - length
+    if missing:  # in XLA only: chunks of a Pallas kernel are powers of 2
+        between, since, until = remains(jnp.pad(factor, ((0, 0), (0, missing)), constant_values=1.0))
+        return between[:length, :length], since[:length], until[:, :length]
+    # The binary tree over the chunk, leaves first: of a node, `since` multiplies from its start on, `until` to its end.
     i, j = places(length, length)
     between, since, until = (i == j).astype(factor.dtype), factor, jnp.ones_like(factor)
     _, place = places(1, length)

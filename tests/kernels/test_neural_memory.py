@@ -84,6 +84,7 @@ VARIANTS = {
     "token": {"time": 1},
     "matrix": {"hidden": (), "norm": False, "momentum": False, "chunk_size": 1, "time": 9},
     "deep": {"hidden": (12, 10, 6), "time": 20, "chunk_size": 4},
+    "six": {"time": 20, "chunk_size": 6},
     "no-momentum": {"momentum": False, "time": 16},
     "continued": {"tokens": (0, 5, 15), "time": 34},
     "decoding": {"tokens": (0, 5, 15), "time": 1},
@@ -207,12 +208,13 @@ def test_online_matrix_without_momentum_is_the_gated_delta_rule(implementation):
     assert_close(state.weights[0], memory.swapaxes(2, 3), 1e-5, "float32", "state")
 
 
-def test_remains_and_its_gradient_where_a_factor_is_zero():
-    factor = jnp.asarray([0.5, 0.9, 0.0, 0.7, 1.0, 0.3, 0.0, 0.8])
-    weights = normal(np.random.default_rng(0), 8, 8)
+@pytest.mark.parametrize("length", [8, 7, 5])
+def test_remains_and_its_gradient_where_a_factor_is_zero(length):
+    factor = jnp.asarray([0.5, 0.9, 0.0, 0.7, 1.0, 0.3, 0.0, 0.8])[:length]
+    weights = normal(np.random.default_rng(0), length, length)
 
     def by_loops(factor):
-        i, j, t = jnp.meshgrid(*[jnp.arange(8)] * 3, indexing="ij")
+        i, j, t = jnp.meshgrid(*[jnp.arange(length)] * 3, indexing="ij")
         return jnp.where(j <= i, jnp.prod(jnp.where((j < t) & (t <= i), factor, 1.0), axis=2, keepdims=True), 0.0)[
             :, :, 0
         ]
