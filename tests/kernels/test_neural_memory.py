@@ -30,6 +30,7 @@ class Case:
     tokens: tuple[int, ...] | None = None  # since a border; None starts at one
     lengths: tuple[int, ...] | None = None
     dtype: str = "float32"
+    channels: bool = False  # gates of output channels
 
     @property
     def layers(self):
@@ -45,6 +46,10 @@ class Case:
         memory = groups[0] if self.tokens is None else MemoryState(*groups, jnp.asarray(self.tokens, jnp.int32))
         norm = (arrays.pop("scale"), arrays.pop("bias")) if self.norm else None
         arrays.setdefault("eta", None)
+        if self.channels:
+            ends = np.cumsum([*self.hidden, self.width])[:-1]
+            gates = {name: arrays[name] for name in ("alpha", "eta", "theta") if arrays[name] is not None}
+            arrays |= {name: tuple(jnp.split(gate, ends, axis=3)) for name, gate in gates.items()}
         out, state = neural_memory(
             **arrays, memory=memory, norm=norm, chunk_size=self.chunk_size, lengths=lengths,
             implementation=implementation,
@@ -54,7 +59,7 @@ class Case:
     def arrays(self, seed=0):
         rng = np.random.default_rng(seed)
         batch, time = 1 if self.tokens is None else len(self.tokens), self.time
-        gates = (batch, time, self.heads, self.layers)
+        gates = (batch, time, self.heads, sum(self.hidden) + self.width if self.channels else self.layers)
         arrays = {name: normal(rng, batch, time, self.heads, self.width) for name in ("query", "key", "value")}
         arrays |= {"query": unit(arrays["query"]), "key": unit(arrays["key"])}
         arrays |= {
@@ -85,6 +90,8 @@ VARIANTS = {
     "matrix": {"hidden": (), "norm": False, "momentum": False, "chunk_size": 1, "time": 9},
     "deep": {"hidden": (12, 10, 6), "time": 20, "chunk_size": 4},
     "six": {"time": 20, "chunk_size": 6},
+    "channels": {"channels": True, "tokens": (0, 5), "lengths": (20, 13), "time": 20, "chunk_size": 8},
+    "channels-matrix": {"channels": True, "hidden": (), "norm": False, "momentum": False, "time": 9, "chunk_size": 4},
     "no-momentum": {"momentum": False, "time": 16},
     "continued": {"tokens": (0, 5, 15), "time": 34},
     "decoding": {"tokens": (0, 5, 15), "time": 1},
@@ -92,7 +99,7 @@ VARIANTS = {
 }
 
 
-QUICK = ("token", "matrix")
+QUICK = ("token", "matrix", "channels-matrix")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def in_float64(arrays):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["mlp", "deep", "continued"])
+@pytest.mark.parametrize("variant", ["mlp", "deep", "continued", "channels"])
 def test_chunked_equals_recurrent_in_float64(variant):
     """Values and gradients, to what float64 resolves: the forms are one function, whatever float32 makes of them."""
     case = Case(**VARIANTS[variant])
@@ -182,6 +189,20 @@ def test_a_state_passed_on_continues_the_sequence(implementation):
         assert_close(got, expected, 1e-5, "float32", "state")
 
 
+def test_equal_gates_of_all_channels_are_the_gates_of_a_layer():
+    case = Case(time=20, heads=1, chunk_size=8)
+    arrays = case.arrays()
+    widths = (*case.hidden, case.width)
+    repeated = {
+        name: jnp.concatenate([jnp.repeat(arrays[name][..., i : i + 1], n, 3) for i, n in enumerate(widths)], axis=3)
+        for name in ("alpha", "eta", "theta")
+    }
+    expected = case(arrays, "chunked")
+    got = dataclasses.replace(case, channels=True)(arrays | repeated, None)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_close(left, right, 1e-5, "float32", "out or state")
+
+
 def test_a_token_changes_nothing_before_it():
     case = Case(time=40)
     arrays = case.arrays()
@@ -239,6 +260,27 @@ def test_remains_and_its_gradient_where_a_factor_is_zero(length):
         ({"memory": initial_state((jnp.zeros((2, 8, 8)),), 1)}, ValueError, "momentum if and only if"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be an integer and at least 1, got 0"),
         ({"chunk_size": 8, "implementation": "tpu"}, ValueError, "a power of 2 and at least 16, got 8"),
+        ({"theta": (jnp.zeros((1, 4, 2, 8)),)}, TypeError, "alpha, theta must all be arrays, or all be tuples"),
+        (
+            {"alpha": (jnp.zeros((1, 4, 2, 8)),) * 2, "theta": (jnp.zeros((1, 4, 2, 8)),)},
+            ValueError,
+            "alpha must have an array for each of 1 layers, got 2",
+        ),
+        (
+            {"alpha": (jnp.zeros((1, 4, 2, 7)),), "theta": (jnp.zeros((1, 4, 2, 8)),)},
+            ValueError,
+            r"alpha of layer 0 must have shape \(1, 4, 2, 8\), got \(1, 4, 2, 7\)",
+        ),
+        (
+            {
+                "alpha": (jnp.zeros((1, 4, 2, 8)),),
+                "theta": (jnp.zeros((1, 4, 2, 8)),),
+                "chunk_size": 16,
+                "implementation": "gpu",
+            },
+            ValueError,
+            r"gates of channels have no Pallas kernel \('gpu'\)",
+        ),
         ({"norm": (jnp.zeros(8), jnp.zeros((2, 8)))}, ValueError, r"norm scale must have shape \(2, 8\)"),
         ({"lengths": jnp.zeros((1, 4))}, ValueError, "lengths must be integers"),
     ],
