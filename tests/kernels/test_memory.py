@@ -1,7 +1,5 @@
 """Temporary memory of every core grows linearly with time: the programs of `benchmarks.memory`, planned and not run."""
 
-import itertools
-
 import pytest
 
 from benchmarks.memory import PROGRAMS, temporary_bytes
@@ -16,5 +14,5 @@ QUICK = {"linear_attention", "delta_rule", "attention_received", "spanning_windo
     [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in PROGRAMS if n not in ELSEWHERE],
 )
 def test_temporary_memory_is_linear_in_time(name):
-    sizes = [temporary_bytes(name, length) for length in (1024, 4096, 16384)]
-    assert all(after <= 4.4 * before for before, after in itertools.pairwise(sizes)), sizes
+    short, long = (temporary_bytes(name, length) for length in (1024, 16384))
+    assert long <= 1.1 * 16 * short  # a map of all pairs would be 256 times as large
