@@ -36,6 +36,7 @@ bench-kernels: .venv/bench
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.recurrent tpu
 	$(BIN)/python -m benchmarks.readout tpu
+	$(BIN)/python -m benchmarks.memory
 
 # Every claim, minutes to hours each; then the page that sums them up. ETT is the folder of ETTh1.csv, PHOTOGRAPHS that
 # below which sign_digits.npz and bccd.npz lie.

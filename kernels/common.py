@@ -37,6 +37,11 @@ def check_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         raise TypeError(f"query, key and value must share a dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
 
 
+def computing_dtype(dtype: Any) -> Any:
+    """What a core computes in for inputs of a dtype: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def by_platform(
     implementations: Mapping[str, Callable[..., Any]],
     implementation: Implementation | None,

@@ -26,9 +26,9 @@ def forward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    alpha: jax.Array,
-    eta: jax.Array | None,
-    theta: jax.Array,
+    alpha: Weights,
+    eta: Weights | None,
+    theta: Weights,
     live: jax.Array,
     complete: jax.Array,
     weights: Weights,
@@ -43,9 +43,9 @@ def forward(
 
     Args:
       query, key, value: (B, T, H, D).
-      alpha, eta, theta: (B, T, H, L).
+      alpha, eta, theta: of each layer (B, T, H, 1 or out).
       live, complete: bool (B, T): the token exists; after it a chunk ends, and W_t becomes the border's weights.
-      weights, momentum, border: of each layer (B, H, out, in), float32. Momentum is empty if eta is None.
+      weights, momentum, border: of each layer (B, H, out, in), float32 or float64. Momentum is empty if eta is None.
       norm: scale and bias (H, D), or None.
 
     Returns:
@@ -60,12 +60,12 @@ def forward(
         def token(carry, now):
             weights, momentum, border = carry
             query, key, value, alpha, eta, theta, live, complete = now
-            steps = [-theta[i] * g for i, g in enumerate(jax.grad(loss)(border, key, value))]
+            steps = [-theta[i][:, None] * g for i, g in enumerate(jax.grad(loss)(border, key, value))]
             if momentum:
-                steps = [eta[i] * s + step for i, (s, step) in enumerate(zip(momentum, steps, strict=True))]
+                steps = [eta[i][:, None] * s + step for i, (s, step) in enumerate(zip(momentum, steps, strict=True))]
                 momentum = tuple(jnp.where(live, new, old) for new, old in zip(steps, momentum, strict=True))
             weights = tuple(
-                jnp.where(live, (1 - alpha[i]) * w + steps[i], w) for i, w in enumerate(weights)
+                jnp.where(live, (1 - alpha[i][:, None]) * w + steps[i], w) for i, w in enumerate(weights)
             )  # fmt: skip
             border = tuple(jnp.where(complete, w, old) for w, old in zip(weights, border, strict=True))
             return (weights, momentum, border), read(weights, norm, query)
@@ -73,7 +73,8 @@ def forward(
         sequence = (query, key, value, alpha, eta, theta, live, complete)
         return jax.lax.scan(token, (weights, momentum, border), sequence)
 
-    sequence = [None if x is None else x.astype(jnp.float32) for x in (query, key, value, alpha, eta, theta)]
+    compute = weights[0].dtype
+    sequence = jax.tree.map(lambda x: x.astype(compute), (query, key, value, alpha, eta, theta))
     by_head = jax.vmap(one_head, in_axes=(1, 1, 1, 1, 1, 1, None, None, 0, 0, 0, 0), out_axes=(0, 1))
     by_batch: Any = jax.vmap(by_head, in_axes=(0,) * 11 + (None,))
     states, out = by_batch(*sequence, live, complete, weights, momentum, border, norm)

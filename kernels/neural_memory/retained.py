@@ -244,14 +244,11 @@ def _chunk(rule: _Rule, past: _Past, inputs: tuple[jax.Array, ...], norm: Norm) 
     """A chunk at once. W_i = b_i W - sum_(j<=i) G_ij u_j, G_ij and b_i products of alpha, vectors over channels."""
     kept, learned_at, scale = past
     query, key, value, alpha, eta, delta, _, live = inputs
-    length = rule.chunk_size
     exists = live[:, None] > 0
     alpha, eta = jnp.where(exists, alpha, 1.0), jnp.where(exists, eta, 0.0)
-    padded = 1 << (length - 1).bit_length()  # `remains` takes powers of 2
-    factor = jnp.pad(alpha, ((0, padded - length), (0, 0)), constant_values=1.0)
-    between, since, _ = jax.vmap(lambda row: remains(row[None]), in_axes=1)(factor)
-    written = between[:, :length, :length].transpose(1, 2, 0) * eta[None]  # G (i, j, D)
-    since = since[:, :length, 0].T  # b (i, D)
+    between, since, _ = jax.vmap(lambda row: remains(row[None]), in_axes=1)(alpha)
+    written = between.transpose(1, 2, 0) * eta[None]  # G (i, j, D)
+    since = since[:, :, 0].T  # b (i, D)
 
     if rule.retention == "kl":
         start = _factors(rule, learned_at, norm, key[:1], value[:1], delta[:1])
@@ -273,7 +270,7 @@ def _chunk(rule: _Rule, past: _Past, inputs: tuple[jax.Array, ...], norm: Norm) 
         )
         divisors: Any = (1.0, 1.0)
         if rule.retention == "lq":
-            own = (live[-1] > 0) & (jnp.arange(length) == length - 1)
+            own = (live[-1] > 0) & (jnp.arange(rule.chunk_size) == rule.chunk_size - 1)
             divisors = tuple(jnp.where(own, _norm(w, rule.q), s)[:, None] for w, s in zip(after, scale, strict=True))
         overlap = _einsum("ti,tji,ji->tj", query, written, keys)
         z = _einsum("oi,ti->to", kept[0], since * query) - _einsum("tj,jo->to", overlap, first_error)

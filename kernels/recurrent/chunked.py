@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.recurrent.layout import Chunk, Inputs, State, chunk_length, count_tokens, pad_time, repeat_heads, sum_heads
-from kernels.recurrent.tile import FLOAT32
+from kernels.recurrent.tile import FLOAT32, FLOAT64
 
 _CHUNK_SIZE = 64
 
@@ -38,9 +38,10 @@ def _indices(time: int, length: int) -> jax.Array:
 
 
 def _step(chunk: Chunk, state: State, inputs: Inputs, tokens: jax.Array | None) -> tuple[State, jax.Array]:
-    """All heads' chunk."""
-    inputs = {name: x.astype(jnp.float32) for name, x in inputs.items()}
-    return jax.vmap(jax.vmap(lambda state, inputs: chunk(state, inputs, tokens, FLOAT32)))(state, inputs)
+    """All heads' chunk, in the state's float32 or float64."""
+    arithmetic = FLOAT64 if state[0].dtype == jnp.float64 else FLOAT32
+    inputs = {name: x.astype(arithmetic.dtype) for name, x in inputs.items()}
+    return jax.vmap(jax.vmap(lambda state, inputs: chunk(state, inputs, tokens, arithmetic)))(state, inputs)
 
 
 def forward(inputs: Inputs, state: State, *, chunk: Chunk, chunk_size: int | None) -> tuple[jax.Array, State]:
@@ -76,7 +77,7 @@ def backward(
     def retreat(d_state: State, now: Any) -> tuple[State, Inputs]:
         index, state, inputs, d_out = now
         _, pull = jax.vjp(partial(step, index), state, inputs)
-        return pull((d_state, d_out.astype(jnp.float32)))
+        return pull((d_state, d_out.astype(state[0].dtype)))
 
     _, states = jax.lax.scan(advance, state, (indices, cut))
     d_state, d_cut = jax.lax.scan(retreat, d_final, (indices, states, cut, _cut(d_out, length, heads)), reverse=True)

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.common import computing_dtype
+
 _STRONGEST_DECAY = -120.0  # exp(-120) is 0 in float32; stands for any log decay below it, -inf included
 
 
 class Arithmetic(NamedTuple):
-    """How a platform multiplies matrices. Sums are float32."""
+    """How a platform multiplies matrices. Sums are float32, of float64 factors float64."""
 
     dtype: Any  # of the factors
     precision: Any = jax.lax.Precision.DEFAULT  # of float32 factors
@@ -25,6 +27,7 @@ class Arithmetic(NamedTuple):
 
 
 FLOAT32 = Arithmetic(jnp.float32, jax.lax.Precision.HIGHEST)
+FLOAT64 = Arithmetic(jnp.float64, jax.lax.Precision.HIGHEST)
 BFLOAT16 = Arithmetic(jnp.bfloat16)
 
 
@@ -33,7 +36,7 @@ def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], arithmetic: Arit
         return _fine_product(a, b, axes, arithmetic._replace(fine=False))
     return jax.lax.dot_general(
         a.astype(arithmetic.dtype), b.astype(arithmetic.dtype), (((axes[0],), (axes[1],)), ((), ())),
-        precision=arithmetic.precision, preferred_element_type=jnp.float32,
+        precision=arithmetic.precision, preferred_element_type=computing_dtype(arithmetic.dtype),
     )  # fmt: skip
 
 

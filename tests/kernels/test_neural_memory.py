@@ -13,7 +13,7 @@ import pytest
 from kernels.delta_rule import delta_rule
 from kernels.neural_memory import MemoryState, initial_state, neural_memory
 from kernels.neural_memory.chunked import remains
-from tests.kernels.recurrent_cases import assert_close, assert_equals_reference, normal, unit
+from tests.kernels.recurrent_cases import assert_close, assert_equals_reference, normal, outputs_and_gradients, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Case:
     tokens: tuple[int, ...] | None = None  # since a border; None starts at one
     lengths: tuple[int, ...] | None = None
     dtype: str = "float32"
+    channels: bool = False  # gates of output channels
 
     @property
     def layers(self):
@@ -45,6 +46,10 @@ class Case:
         memory = groups[0] if self.tokens is None else MemoryState(*groups, jnp.asarray(self.tokens, jnp.int32))
         norm = (arrays.pop("scale"), arrays.pop("bias")) if self.norm else None
         arrays.setdefault("eta", None)
+        if self.channels:
+            ends = np.cumsum([*self.hidden, self.width])[:-1]
+            gates = {name: arrays[name] for name in ("alpha", "eta", "theta") if arrays[name] is not None}
+            arrays |= {name: tuple(jnp.split(gate, ends, axis=3)) for name, gate in gates.items()}
         out, state = neural_memory(
             **arrays, memory=memory, norm=norm, chunk_size=self.chunk_size, lengths=lengths,
             implementation=implementation,
@@ -54,7 +59,7 @@ class Case:
     def arrays(self, seed=0):
         rng = np.random.default_rng(seed)
         batch, time = 1 if self.tokens is None else len(self.tokens), self.time
-        gates = (batch, time, self.heads, self.layers)
+        gates = (batch, time, self.heads, sum(self.hidden) + self.width if self.channels else self.layers)
         arrays = {name: normal(rng, batch, time, self.heads, self.width) for name in ("query", "key", "value")}
         arrays |= {"query": unit(arrays["query"]), "key": unit(arrays["key"])}
         arrays |= {
@@ -84,6 +89,9 @@ VARIANTS = {
     "token": {"time": 1},
     "matrix": {"hidden": (), "norm": False, "momentum": False, "chunk_size": 1, "time": 9},
     "deep": {"hidden": (12, 10, 6), "time": 20, "chunk_size": 4},
+    "six": {"time": 20, "chunk_size": 6},
+    "channels": {"channels": True, "tokens": (0, 5), "lengths": (20, 13), "time": 20, "chunk_size": 8},
+    "channels-matrix": {"channels": True, "hidden": (), "norm": False, "momentum": False, "time": 9, "chunk_size": 4},
     "no-momentum": {"momentum": False, "time": 16},
     "continued": {"tokens": (0, 5, 15), "time": 34},
     "decoding": {"tokens": (0, 5, 15), "time": 1},
@@ -91,7 +99,7 @@ VARIANTS = {
 }
 
 
-QUICK = ("token", "matrix")
+QUICK = ("token", "matrix", "channels-matrix")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +114,38 @@ def test_chunked_equals_recurrent(variant):
 def test_chunked_equals_recurrent_in_bfloat16():
     case = Case(dtype="bfloat16")
     assert_equals_reference(case, case.arrays(), "chunked", "bfloat16")
+
+
+def in_float64(arrays):
+    return {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mlp", "deep", "continued", "channels"])
+def test_chunked_equals_recurrent_in_float64(variant):
+    """Values and gradients, to what float64 resolves: the forms are one function, whatever float32 makes of them."""
+    case = Case(**VARIANTS[variant])
+    with jax.enable_x64(True):
+        arrays = in_float64(case.arrays())
+        got, expected = (outputs_and_gradients(case, arrays, name, "float64") for name in ("chunked", "reference"))
+    for (path, right), left in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+        assert left.dtype == right.dtype and left.dtype in (jnp.float64, jnp.int32)
+        assert_close(left, right, 1e-11, "float64", jax.tree_util.keystr(path))
+
+
+def test_long_sequences_amplify_rounding_and_not_errors():
+    """At Titans' first gates and 512 tokens, a change of keys in float32's last place changes outputs by 1e-3 and more.
+
+    So do float32's own roundings, in either form; in float64 the forms are equal.
+    """
+    case = Case(time=512, heads=1, width=32, hidden=(128,))
+    with jax.enable_x64(True):
+        arrays = in_float64(case.arrays())
+        call = jax.jit(lambda arrays, name: case(arrays, name)[0], static_argnums=1)
+        right = call(arrays, "reference")
+        moved = call(arrays | {"key": arrays["key"] * (1 + 2.0**-24 * jnp.sign(arrays["value"]))}, "reference")
+        assert_close(call(arrays, "chunked"), right, 1e-8, "float64", "out")
+        assert float(jnp.abs(moved - right).max()) > 1e-3 * float(right.std())
 
 
 @pytest.mark.parametrize(
@@ -149,6 +189,20 @@ def test_a_state_passed_on_continues_the_sequence(implementation):
         assert_close(got, expected, 1e-5, "float32", "state")
 
 
+def test_equal_gates_of_all_channels_are_the_gates_of_a_layer():
+    case = Case(time=20, heads=1, chunk_size=8)
+    arrays = case.arrays()
+    widths = (*case.hidden, case.width)
+    repeated = {
+        name: jnp.concatenate([jnp.repeat(arrays[name][..., i : i + 1], n, 3) for i, n in enumerate(widths)], axis=3)
+        for name in ("alpha", "eta", "theta")
+    }
+    expected = case(arrays, "chunked")
+    got = dataclasses.replace(case, channels=True)(arrays | repeated, None)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_close(left, right, 1e-5, "float32", "out or state")
+
+
 def test_a_token_changes_nothing_before_it():
     case = Case(time=40)
     arrays = case.arrays()
@@ -175,12 +229,13 @@ def test_online_matrix_without_momentum_is_the_gated_delta_rule(implementation):
     assert_close(state.weights[0], memory.swapaxes(2, 3), 1e-5, "float32", "state")
 
 
-def test_remains_and_its_gradient_where_a_factor_is_zero():
-    factor = jnp.asarray([0.5, 0.9, 0.0, 0.7, 1.0, 0.3, 0.0, 0.8])
-    weights = normal(np.random.default_rng(0), 8, 8)
+@pytest.mark.parametrize("length", [8, 7, 5])
+def test_remains_and_its_gradient_where_a_factor_is_zero(length):
+    factor = jnp.asarray([0.5, 0.9, 0.0, 0.7, 1.0, 0.3, 0.0, 0.8])[:length]
+    weights = normal(np.random.default_rng(0), length, length)
 
     def by_loops(factor):
-        i, j, t = jnp.meshgrid(*[jnp.arange(8)] * 3, indexing="ij")
+        i, j, t = jnp.meshgrid(*[jnp.arange(length)] * 3, indexing="ij")
         return jnp.where(j <= i, jnp.prod(jnp.where((j < t) & (t <= i), factor, 1.0), axis=2, keepdims=True), 0.0)[
             :, :, 0
         ]
@@ -205,6 +260,27 @@ def test_remains_and_its_gradient_where_a_factor_is_zero():
         ({"memory": initial_state((jnp.zeros((2, 8, 8)),), 1)}, ValueError, "momentum if and only if"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be an integer and at least 1, got 0"),
         ({"chunk_size": 8, "implementation": "tpu"}, ValueError, "a power of 2 and at least 16, got 8"),
+        ({"theta": (jnp.zeros((1, 4, 2, 8)),)}, TypeError, "alpha, theta must all be arrays, or all be tuples"),
+        (
+            {"alpha": (jnp.zeros((1, 4, 2, 8)),) * 2, "theta": (jnp.zeros((1, 4, 2, 8)),)},
+            ValueError,
+            "alpha must have an array for each of 1 layers, got 2",
+        ),
+        (
+            {"alpha": (jnp.zeros((1, 4, 2, 7)),), "theta": (jnp.zeros((1, 4, 2, 8)),)},
+            ValueError,
+            r"alpha of layer 0 must have shape \(1, 4, 2, 8\), got \(1, 4, 2, 7\)",
+        ),
+        (
+            {
+                "alpha": (jnp.zeros((1, 4, 2, 8)),),
+                "theta": (jnp.zeros((1, 4, 2, 8)),),
+                "chunk_size": 16,
+                "implementation": "gpu",
+            },
+            ValueError,
+            r"gates of channels have no Pallas kernel \('gpu'\)",
+        ),
         ({"norm": (jnp.zeros(8), jnp.zeros((2, 8)))}, ValueError, r"norm scale must have shape \(2, 8\)"),
         ({"lengths": jnp.zeros((1, 4))}, ValueError, "lengths must be integers"),
     ],

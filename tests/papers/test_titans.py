@@ -71,6 +71,7 @@ def test_ablations_take_their_parameters_away():
     everything = parts()
     assert everything - parts(momentum=False) == {"eta"}
     assert everything - parts(decay=False) == {"alpha"}
+    assert parts(gate_granularity="channel") - everything == {"alpha_down", "eta_down", "theta_down"}
     assert everything - parts(conv_size=0) == {"query_convolution", "key_convolution", "value_convolution"}
 
 
@@ -150,6 +151,8 @@ def test_the_communitys_memory_answers_with_complete_chunks():
         ({"memory_heads": 3}, r"features \(16\) must be a multiple of heads \(3\)"),
         ({"memory_depth": 0}, "memory_depth must be at least 1, got 0"),
         ({"memory_lr_max": 0.0}, "rate_max must be positive"),
+        ({"gate_granularity": "row"}, "gate_granularity must be one of"),
+        ({"kind": "lmm", "gate_rank": 0}, "gate_rank must be at least 1, got 0"),
         ({"num_persistent_tokens": -1}, "must not be negative, got -1"),
     ],
 )

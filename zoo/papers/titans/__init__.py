@@ -11,8 +11,9 @@ training. Three ways to add attention: as context of the segment (MAC), as a gat
 Where the paper is silent or contradicts itself:
 - MAC as printed (equations 21 to 25) leaks the future: a token of a segment sees what later ones read, and is read with
   a memory that has seen them. Causal is the default here, `causal=False` is as printed;
-- gates are one scalar a token, head and memory layer, alpha from sigmoid(-4) on, theta at most 0.1 (the paper:
-  channel-wise for linear memories, and gates of its own for each layer);
+- gates are one scalar a token, head and memory layer, alpha from sigmoid(-4) on, theta at most 0.1. The paper's are
+  channel-wise for linear memories, and each layer's own: `gate_granularity="channel"` has one for each output channel
+  of each memory layer, of projections of rank 32 (the paper gives no rank);
 - a memory's layer norm belongs to the outer training; gelu in its tanh form;
 - MAG and MAC multiply by a sigmoid of the memory's branch ("a non-linearity");
 - embeddings are tied, and each layer has persistent tokens of its own;

@@ -10,6 +10,7 @@ import numpy as np
 from zoo.backbones.decoder_lm import DecoderConfig, PaperDecoder, next_token_loss
 from zoo.errors import unknown
 from zoo.layers.rotary import Rotary
+from zoo.mixers.titans import Granularity
 from zoo.registry import Paper, Variant, register
 from zoo.weights.names import Rule, layer, under
 
@@ -51,6 +52,8 @@ class TitansConfig:
       num_memory_tokens: of a segment's context in MAC; None, or as many as segment_len or more, is segment_len.
       conv_size: taps of the memory's convolutions; 0 is none.
       momentum, decay: the two parts of the inner training that the ablation takes away.
+      gate_granularity: "head", gates of a head and memory layer, or "channel", of each of its output channels.
+      gate_rank: of the projections to gates of channels.
       causal: False is MAC as printed.
       pack_last_segment: of MAC, see `zoo.mixers.titans.TitansMAC`; what the shared golden cases do.
       remat: recompute a block in the backward pass instead of keeping its intermediates.
@@ -77,6 +80,8 @@ class TitansConfig:
     conv_size: int = 4
     momentum: bool = True
     decay: bool = True
+    gate_granularity: Granularity = "head"
+    gate_rank: int = 32
     causal: bool = True
     pack_last_segment: bool = False
     remat: bool = False
@@ -98,7 +103,8 @@ class TitansConfig:
         options: dict[str, Any] = {
             "memory_depth": self.memory_depth, "memory_expansion": self.memory_expansion,
             "rate_max": self.memory_lr_max, "chunk_size": self.chunk_size, "kernel_size": self.conv_size,
-            "momentum": self.momentum, "decay": self.decay, "causal": self.causal,
+            "momentum": self.momentum, "decay": self.decay, "gate_granularity": self.gate_granularity,
+            "gate_rank": self.gate_rank, "causal": self.causal,
         }  # fmt: skip
         if self.kind == "lmm":
             options["heads"] = self.num_heads if self.memory_heads is None else self.memory_heads
@@ -144,6 +150,7 @@ def memory_rules() -> list[Rule]:
         *(Rule(rf"{short}_conv\.weight", f"params/{ours}_convolution/kernel", "depthwise1d")
           for short, ours in pairs.items()),
         *(rule for name in ("alpha", "eta", "theta") for rule in layer("linear", f"{name}_proj", name)),
+        *(rule for name in ("alpha", "eta", "theta") for rule in layer("linear", f"{name}_down", f"{name}_down")),
         Rule(r"memory_weights\.(\d+)", "params/memory/weights_{0}"),
         Rule(r"memory_norm_weight", "params/memory/scale"),
         Rule(r"memory_norm_bias", "params/memory/bias"),

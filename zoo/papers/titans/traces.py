@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.neural_memory import Weights, initial_state, neural_memory, read_memory
+from kernels.neural_memory import Gate, Weights, initial_state, neural_memory, read_memory
 from zoo.mixers.titans import TitansLMM
 from zoo.papers.titans.model import TitansConfig
 
@@ -20,9 +20,9 @@ class MemoryInputs(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    alpha: jax.Array
-    eta: jax.Array | None
-    theta: jax.Array
+    alpha: Gate
+    eta: Gate | None
+    theta: Gate
     memory: Weights
     norm: tuple[jax.Array, jax.Array] | None
 
@@ -102,7 +102,7 @@ def trace_memory(inputs: MemoryInputs, chunk_size: int) -> MemoryTrace:
         )
         return memory, MemoryTrace(jnp.stack(norms, axis=-1), losses, before, after)
 
-    gates = (None if gate is None else cut(gate) for gate in inputs[3:6])
+    gates = jax.tree.map(cut, inputs[3:6])
     memory = initial_state(inputs.memory, batch, momentum=inputs.eta is not None)
     _, trace = jax.lax.scan(chunk, memory, (cut(query), cut(key), cut(value), *gates))
 
