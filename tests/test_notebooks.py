@@ -4,7 +4,7 @@ import pytest
 from notebooks.execute import FOLDER, execute
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = {"attention_sinks", "circuits", "informer", "retrieval_heads"}  # real language models; a training of minutes
+SLOW = {"attention_sinks", "circuits", "informer", "mixer_lab", "retrieval_heads"}  # real models; trainings of minutes
 
 
 def runs():
