@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoo
-from zoo.layers.rotary import Rotary
-from zoo.papers.pooling_attention import Embedder, hard_negative_nll, layer_vectors, unit
 from zoo.backbones import DecoderLM
 from zoo.layers import lora
+from zoo.layers.rotary import Rotary
+from zoo.papers.pooling_attention import hard_negative_nll, layer_vectors
 
 _FIELDS = {
     "vocab_size": "vocab_size",

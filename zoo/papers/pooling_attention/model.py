@@ -141,9 +141,7 @@ class Embedder(nn.Module):
         if self.config.pooling is not None:
             self.pooling = LatentPooling(self.config.pooling)
 
-    def __call__(
-        self, tokens: jax.Array, valid: jax.Array | None = None, *, deterministic: bool = True
-    ) -> jax.Array:
+    def __call__(self, tokens: jax.Array, valid: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
         """Embeddings.
 
         Args:
@@ -170,15 +168,15 @@ class Embedder(nn.Module):
         elif adapters is not None and adapters.dropout and not self.has_rng("dropout"):
             raise ValueError("dropout needs rngs={'dropout': key}; deterministic=True is without")
         seen = valid if config.mask_padding else None
-        if seen is None and valid is not None:
-            padded = nn.intercept_methods(_hide_keys(jnp.asarray(valid)))
-        else:
-            padded = contextlib.nullcontext()
 
         def reduce(x: jax.Array) -> jax.Array:
             return x.astype(jnp.float32) if config.pooled == "tokens" else reduced(x, config.pooled, valid)[:, None]
 
-        with padded, contextlib.nullcontext() if adapters is None else lora.adapted(adapters):
+        with contextlib.ExitStack() as contexts:
+            if adapters is not None:
+                contexts.enter_context(lora.adapted(adapters))
+            if seen is None and valid is not None:
+                contexts.enter_context(nn.intercept_methods(_hide_keys(jnp.asarray(valid))))
             if config.pooled_layers == "all":
                 layers = _residuals(self.decoder, tokens, seen, reduce, deterministic)[1:]
                 return jnp.concatenate(layers, axis=1), None
