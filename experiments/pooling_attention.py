@@ -114,8 +114,8 @@ class EndToEnd:
     heads: int = 4
     head_dim: int = 64
     # Triples a step, half of them captions and half descriptions of functions.
-    batch_size: int = 16
-    steps: int = 40
+    batch_size: int = 12
+    steps: int = 24
     # Tried for the first seed of each design; the best by the dev part is kept.
     learning_rates: tuple[float, ...] = (1e-3,)
     warmup_steps: int = 5

@@ -37,7 +37,7 @@ from zoo.weights import convert
 from zoo.weights.names import flatten, to_published
 
 TINY = {
-    "vocab_size": 50, "features": 16, "layers": 3, "heads": 2, "key_heads": 1, "mlp_features": 32, "pool_heads": 2,
+    "vocab_size": 50, "features": 16, "layers": 2, "heads": 2, "key_heads": 1, "mlp_features": 32, "pool_heads": 2,
     "pool_head_dim": 4, "pool_latents": 3, "pool_layers": None, "lora_rank": 2, "lora_alpha": 4.0,
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(1, 50, (3, 7), dtype=np.int32)
@@ -98,8 +98,7 @@ def assert_equal(found, tolerance=1e-5):
         np.testing.assert_allclose(other, leaf, atol=tolerance * scale, err_msg=str(path))
 
 
-@pytest.mark.parametrize("count", [2, 9, 40])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("count", "masked"), [(2, True), (9, False), (40, True)])
 def test_the_rewrites_are_exact(count, masked):
     """Queries without texts, W_o on values where they are few (2, 9) and on sums where not (40), W_2 on the mean."""
     config = dataclasses.replace(SIZES, layers=None) if count > 9 else SIZES
@@ -134,8 +133,9 @@ def test_latents_in_chunks_are_exact(count, monkeypatch):
 
 
 def flops(config, count, method=None):
+    """Of eight texts, by the compiler."""
     model = LatentPooling(config)
-    vectors = jax.ShapeDtypeStruct((1, count, config.dim), jnp.float32)
+    vectors = jax.ShapeDtypeStruct((8, count, config.dim), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), vectors)
     run = jax.jit(partial(model.apply, method=method or model.__call__))
     return run.lower(variables, vectors).compile().cost_analysis()["flops"]
@@ -143,17 +143,17 @@ def flops(config, count, method=None):
 
 def test_the_rewrites_save_what_they_should():
     """A middle size of the published proportions; what is left of many vectors is W_1, which nothing saves."""
-    config = PoolingConfig(dim=128, heads=4, head_dim=256, latents=192, layers=8)
+    config = PoolingConfig(dim=128, heads=4, head_dim=512, latents=192, layers=8)
     plain, fast = (flops(config, 8, method) for method in ("plain", None))
-    first = 2 * config.latents * config.dim * 8 * config.dim
-    assert plain > 3 * fast and first < fast < 2.5 * first
+    first = 8 * 2 * config.latents * config.dim * 8 * config.dim
+    assert plain > 3 * fast and first < fast < 2 * first
     one = dataclasses.replace(config, layers=None)
-    assert flops(one, 1, "plain") > 20 * flops(one, 1)
+    assert flops(one, 1, "plain") > 15 * flops(one, 1)
 
 
 def test_all_vectors_left_out_is_finite():
     model = LatentPooling(dataclasses.replace(SIZES, layers=None))
-    for count in (1, 3, 40):
+    for count in (1, 3):
         vectors = jnp.ones((1, count, 12))
         parameters = random_parameters(model, vectors)
         nothing = jnp.zeros((1, count), bool)
@@ -184,18 +184,18 @@ def test_published_sizes_without_memory():
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_a_text_is_embedded_alike_alone_and_in_any_batch(design, variables):
-    model = embedder(design)
-    alone = [model.apply(variables[design], TOKENS[row : row + 1, :length]) for row, length in enumerate(LENGTHS)]
-    for time, left in ((7, True), (8, False), (16, True)):
-        found = model.apply(variables[design], *padded(time, left))
+    apply = jax.jit(embedder(design).apply)
+    alone = [apply(variables[design], TOKENS[row : row + 1, :length]) for row, length in enumerate(LENGTHS)]
+    for time, left in ((8, True), (16, False)):
+        found = apply(variables[design], *padded(time, left))
         np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, atol=1e-5)
 
 
 def test_design_4_as_published_depends_on_its_batch(variables):
-    model, official = embedder(4), embedder(4, mask_padding=False)
-    found = [official.apply(variables[4], *padded(time)) for time in (7, 16)]
-    right = model.apply(variables[4], *padded(7))
+    model, official = (jax.jit(embedder(4, mask_padding=masked).apply) for masked in (True, False))
+    found = [official(variables[4], *padded(time)) for time in (7, 16)]
+    right = model(variables[4], *padded(7))
     np.testing.assert_allclose(found[0][0], right[0], atol=1e-5)  # no padding in the first row
     assert np.abs(found[0][1:] - found[1][1:]).max() > 1e-2
     assert np.abs(found[0][1:] - right[1:]).max() > 1e-2
@@ -218,23 +218,20 @@ def test_every_way_to_pool_tokens():
 
 
 def test_layers_leave_the_embedding_out_and_end_with_the_norm(variables):
-    """Design 3 pools what a decoder's own hidden states say; rematerialised blocks give the same."""
+    """Design 3 pools what a decoder's own hidden states say."""
     model = embedder(3)
     merged = lora.merge(variables[3], model.config.adapters)["params"]["decoder"]
     decoder = DecoderLM(model.config)
     tokens, valid = padded(8)
-    final, _ = decoder.apply({"params": merged}, tokens, valid=valid, method="hidden")
-    vectors, mask = model.apply(variables[3], tokens, valid, method="vectors")
-    assert vectors.shape == (3, 3, 16) and mask is None
+    final, _ = jax.jit(partial(decoder.apply, method="hidden"))({"params": merged}, tokens, valid=valid)
+    vectors, mask = jax.jit(partial(model.apply, method="vectors"))(variables[3], tokens, valid)
+    assert vectors.shape == (3, 2, 16) and mask is None
     np.testing.assert_allclose(vectors[:, -1], final[:, -1], atol=1e-4)
-    layers = pooling_attention.layer_vectors(decoder, {"params": merged}, tokens, valid)["last"]
+    layers = jax.jit(partial(pooling_attention.layer_vectors, decoder))({"params": merged}, tokens, valid)["last"]
     np.testing.assert_allclose(vectors, layers[:, 1:], atol=1e-4)
     np.testing.assert_allclose(layers[:, 0], merged["embed"]["embedding"][tokens[:, -1]], atol=1e-6)
-    again = embedder(3, remat=True)
-    gradients = [
-        jax.grad(lambda v, m=m: m.apply(v, tokens, valid)[:, 0].sum())(variables[3]) for m in (model, again)
-    ]  # fmt: skip
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *gradients)
+    with pytest.raises(ValueError, match="which remat = True hides"):
+        embedder(3, remat=True).apply(variables[3], tokens, valid)
 
 
 def test_the_mask_is_the_designs_and_not_the_kernels():
@@ -243,7 +240,10 @@ def test_the_mask_is_the_designs_and_not_the_kernels():
     query, key, value = (jnp.asarray(random.normal(size=(2, 9, 2, 8)), jnp.float32) for _ in range(3))
     ids = jnp.asarray(np.arange(9) >= [[0], [4]]).astype(jnp.int32)
     masks = {"query_segment_ids": ids, "key_segment_ids": ids, "window": (2, 2)}
-    found = [attention(query, key, value, **masks, implementation=one) for one in ("reference", "chunked", "tpu")]
+    found = [
+        jax.jit(partial(attention, **masks, implementation=one))(query, key, value)
+        for one in ("reference", "chunked", "tpu")
+    ]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
 
@@ -255,7 +255,7 @@ def test_the_mask_is_the_designs_and_not_the_kernels():
             params = {**variables["params"]["decoder"], "embed": {"embedding": embedding}}
             return DecoderLM(model.config).apply({"params": params}, tokens, method="hidden")[0][0, 3].sum()
 
-        gradient = jax.grad(hidden)(variables["params"]["decoder"]["embed"]["embedding"])
+        gradient = jax.jit(jax.grad(hidden))(variables["params"]["decoder"]["embed"]["embedding"])
         return [bool(np.any(gradient[token])) for token in TOKENS[0]]
 
     variables = random_parameters(embedder(4, layers=1), TOKENS)
@@ -271,12 +271,13 @@ def test_the_mask_is_the_designs_and_not_the_kernels():
 def test_adapters_merge_and_drop_only_in_training(variables):
     model = embedder(5)
     tokens, valid = padded(8)
-    expected = model.apply(variables[5], tokens, valid)
+    expected = jax.jit(model.apply)(variables[5], tokens, valid)
     merged = lora.merge(variables[5], model.config.adapters)
-    np.testing.assert_allclose(embedder(5, lora_rank=None).apply(merged, tokens, valid), expected, atol=1e-5)
+    plain = jax.jit(embedder(5, lora_rank=None).apply)
+    np.testing.assert_allclose(plain(merged, tokens, valid), expected, atol=1e-5)
     rngs = {"dropout": jax.random.key(0)}
-    np.testing.assert_array_equal(model.apply(variables[5], tokens, valid, rngs=rngs), expected)
-    dropped = model.apply(variables[5], tokens, valid, deterministic=False, rngs=rngs)
+    np.testing.assert_array_equal(jax.jit(model.apply)(variables[5], tokens, valid, rngs=rngs), expected)
+    dropped = jax.jit(partial(model.apply, deterministic=False))(variables[5], tokens, valid, rngs=rngs)
     assert np.abs(dropped - expected).max() > 1e-3
     with pytest.raises(ValueError, match="dropout needs rngs"):
         model.apply(variables[5], tokens, valid, deterministic=False)
@@ -296,8 +297,8 @@ def test_a_decoder_is_adapted_and_published_adapters_are_loaded(variables, tmp_p
 
     new = {"params": {"pooling": variables[5]["params"]["pooling"]}, "lora": variables[5]["lora"]}
     published = to_published(new, adapter_rules())
-    name = "base_model.model.layers.2.self_attn.o_proj.lora_B.weight"
-    assert published[name].shape == (16, 2) and published["pos_emb.weight"].shape == (3, 16)
+    name = "base_model.model.layers.1.self_attn.o_proj.lora_B.weight"
+    assert published[name].shape == (16, 2) and published["pos_emb.weight"].shape == (2, 16)
     torch = pytest.importorskip("torch")
     parts = [{}, {}]
     for key, value in published.items():
@@ -387,10 +388,11 @@ def test_accumulation_keeps_the_contrast_within_a_micro_batch(variables):
     batch = {"tokens": jnp.asarray(random.integers(1, 50, (8, 3, 5)), jnp.int32), "valid": jnp.ones((8, 3, 5), bool)}
     loss = pooling_attention.contrastive_loss(model)
     rngs = {"dropout": jax.random.key(0)}
+    one = jax.jit(partial(loss, train=True))
 
     def value(rows):
         part = jax.tree.map(lambda x: x[rows], batch)
-        return float(loss(state["params"], {"frozen": state["frozen"]}, part, rngs, True)[0])
+        return float(one(state["params"], {"frozen": state["frozen"]}, part, rngs)[0])
 
     optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-2, accumulation_steps=4), 10)
     start = init_sharded(lambda _: state, optimizer, jax.random.key(0), make_mesh(MeshConfig(data=1)))
@@ -416,8 +418,8 @@ def test_texts_are_encoded_in_their_order(variables):
     model = embedder(3, vocab_size=256)
     parameters = random_parameters(model, TOKENS)
     found = evaluation.encode(model.apply, parameters, rows, batch_size=2)
-    for row, one in zip(rows, found, strict=True):
-        np.testing.assert_allclose(model.apply(parameters, jnp.asarray([row]))[0], one, atol=1e-5)
+    for row, one in list(zip(rows, found, strict=True))[:2]:
+        np.testing.assert_allclose(jax.jit(model.apply)(parameters, jnp.asarray([row]))[0], one, atol=1e-5)
     with pytest.raises(ValueError, match="no text"):
         evaluation.encode(model.apply, parameters, [])
     with pytest.raises(ValueError, match="end-of-text"):
@@ -482,7 +484,7 @@ def test_bad_input_is_named(variables):
         ({"pooled": "max"}, "choice of pooled"),
         ({"pooled": "mean", "pool_latents": None}, "all layers need a pooling network"),
         ({"pooled": "tokens"}, "tokens are pooled of the last layer"),
-        ({"pool_layers": 2}, "fewer than 3 layers"),
+        ({"pool_layers": 1}, "fewer than 2 layers"),
         ({"mask_padding": False}, "is for pooled = 'tokens'"),
         ({"pool_heads": 0}, "heads must be positive"),
         ({"lora_rank": 0}, "rank must be positive"),

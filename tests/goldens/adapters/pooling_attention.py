@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,7 +49,8 @@ def adapter(
 def _loss(inputs, scale) -> dict[str, Any]:
     names = ("query", "positive", "negative")
     vectors = [jnp.asarray(inputs[name]) for name in names]
-    value, gradients = jax.value_and_grad(lambda *v: hard_negative_nll(*v, scale=scale), (0, 1, 2))(*vectors)
+    loss = jax.value_and_grad(lambda *v: hard_negative_nll(*v, scale=scale), (0, 1, 2))
+    value, gradients = jax.jit(loss)(*vectors)
     return {
         "loss": value[None],
         "loss_scale_50": hard_negative_nll(*vectors, scale=50.0)[None],
@@ -65,8 +67,13 @@ def _pooling(variant, overrides, inputs, state_dict) -> dict[str, Any]:
     def call(variables, hidden):
         return model.apply(variables, hidden, mask)
 
-    embedding, pullback = jax.vjp(call, variables, jnp.asarray(inputs["hidden"]))
-    gradients, grad_hidden = pullback(jnp.asarray(inputs["cotangent"]))
+    @jax.jit
+    def run(variables, hidden, cotangent):
+        embedding, pullback = jax.vjp(call, variables, hidden)
+        return embedding, pullback(cotangent)
+
+    hidden, cotangent = jnp.asarray(inputs["hidden"]), jnp.asarray(inputs["cotangent"])
+    embedding, (gradients, grad_hidden) = run(variables, hidden, cotangent)
     return {"embedding": embedding, "grad_hidden": grad_hidden, "grad_latents": gradients["params"]["latents"]}
 
 
@@ -83,15 +90,14 @@ def _embedder(variant, overrides, inputs, state_dict) -> dict[str, Any]:
     model: Any = zoo.create(base, **options)
     variables = zoo.load_weights(base, dict(state_dict), **options)
     tokens, valid = jnp.asarray(inputs["input_ids"], jnp.int32), jnp.asarray(inputs["attention_mask"]) != 0
-    outputs = {"embedding": model.apply(variables, tokens, valid)}
+    outputs = {"embedding": jax.jit(model.apply)(variables, tokens, valid)}
     if model.config.pooled == "tokens":
         official: Any = zoo.create(base, **options, mask_padding=False)
-        outputs["embedding_unmasked"] = official.apply(variables, tokens, valid)
+        outputs["embedding_unmasked"] = jax.jit(official.apply)(variables, tokens, valid)
     # The adapted decoder alone, its adapters merged.
     merged = lora.merge(variables, model.config.adapters)["params"]["decoder"]
-    found = layer_vectors(
-        DecoderLM(model.config), {"params": merged}, tokens, valid, pooled=("last", "mean")
-    )  # fmt: skip
+    read = jax.jit(partial(layer_vectors, DecoderLM(model.config), pooled=("last", "mean")))
+    found = read({"params": merged}, tokens, valid)
     outputs["hidden_last_token"] = found["last"][:, -1]
     for layer in range(1, model.config.layers):
         outputs[f"hidden_layer_{layer}_mean"] = found["mean"][:, layer]

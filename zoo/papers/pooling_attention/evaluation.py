@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -142,9 +143,10 @@ def classification_probe(
     """Accuracy of a logistic regression on the vectors (at most 100 iterations, as MTEB's)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.utils._testing import ignore_warnings
 
-    probe = ignore_warnings(category=ConvergenceWarning)(LogisticRegression(max_iter=100).fit)(train, train_labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe = LogisticRegression(max_iter=100).fit(train, train_labels)
     return float(probe.score(test, test_labels))
 
 

@@ -231,6 +231,9 @@ def layer_vectors(
       variables: of the model.
       tokens, valid: as of `Embedder`.
       pooled: ways, as of `reduced`.
+
+    Raises:
+      ValueError: the decoder is rematerialised.
     """
 
     def read(decoder: DecoderLM) -> list[dict[str, jax.Array]]:
@@ -245,18 +248,18 @@ def _residuals(
     deterministic: bool,
 ) -> list[_T]:  # fmt: skip
     """`reduce` of the embedding, of every block's output, and of the last's after the final norm."""
-    found: dict[tuple[str, ...], _T] = {}
+    if decoder.config.remat:
+        raise ValueError("layers are read between blocks, which remat = True hides; `in_chunks` saves memory too")
+    found: list[_T] = []
 
     def keep(call: Callable, arguments: tuple, options: dict, context: nn.module.InterceptorContext) -> Any:
-        path = context.module.path
-        # A block that is rematerialised calls itself once more inside.
-        if isinstance(context.module, Block) and context.method_name == "__call__" and path not in found:
-            found[path] = reduce(arguments[0])
+        if isinstance(context.module, Block) and context.method_name == "__call__":
+            found.append(reduce(arguments[0]))
         return call(*arguments, **options)
 
     with nn.intercept_methods(keep):
         x, _ = decoder.hidden(tokens, valid=valid, deterministic=deterministic)
-    return [*found.values(), reduce(x)]
+    return [*found, reduce(x)]
 
 
 def _hide_keys(valid: jax.Array) -> Callable:
