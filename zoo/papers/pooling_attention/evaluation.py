@@ -12,11 +12,6 @@ import numpy as np
 
 from zoo.data.tokenizers import ByteLevelTokenizer
 
-INSTRUCTIONS = {
-    "similarity": "Retrieve semantically similar text.",
-    "search": "Represent this sentence for searching relevant passages.",
-}
-
 
 def tokenize(
     tokenizer: ByteLevelTokenizer, texts: Sequence[str], *, instruction: str = "", max_length: int = 512
@@ -26,7 +21,8 @@ def tokenize(
     Args:
       tokenizer: with an end-of-text token.
       texts: any number.
-      instruction: stands before each text without a separator, as published.
+      instruction: stands before each text without a separator, as published: "Retrieve semantically similar text."
+        for similarity, "Represent this sentence for searching relevant passages." for queries (not documents).
       max_length: tokens of a text.
 
     Raises:
