@@ -355,7 +355,7 @@ def layers_claim(laboratory: Laboratory, _: train.Run) -> tuple[reports.Claim, d
         final = vectors[:, -1]
         measured[f"{way}: last block less the mean sentence"] = round(test.spearman(final - final.mean(axis=0)), 3)
         by_pair = [cosines(vectors[test.first, layer], vectors[test.second, layer]) for layer in (best, -1)]
-        low, high = _difference_interval(*by_pair, test.scores)
+        low, high = _difference_interval(by_pair[0], by_pair[1], test.scores)
         gains.append(low)
         interval.append(f"{way} [{low:.3f}, {high:.3f}]")
     differences = _differences(scores["test"], REFERENCE_CAUSAL)
@@ -418,7 +418,7 @@ def bidirectional_claim(laboratory: Laboratory, _: train.Run) -> tuple[reports.C
         measured[f"{way}: causal less bidirectional, last block"] = round(last[-1], 3)
         final = [laboratory.vectors("test", way, causal=causal)[:, -1] for causal in (True, False)]
         by_pair = [cosines(one[test.first], one[test.second]) for one in final]
-        low, high = _difference_interval(*by_pair, test.scores)
+        low, high = _difference_interval(by_pair[0], by_pair[1], test.scores)
         interval.append(f"{way} [{low:.3f}, {high:.3f}]")
     measured["mean: mean of all blocks at length one"] = round(
         test.spearman(_combined(laboratory.vectors("test", "mean", causal=False), of_length_one=True)), 3
