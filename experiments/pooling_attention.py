@@ -896,14 +896,18 @@ def designs_claim(laboratory: Laboratory, folder: train.Run) -> tuple[reports.Cl
 def _untrained(laboratory: Laboratory, tasks: Benchmark) -> dict[str, Any]:
     """The language model's first block as it is, and a trained sentence encoder, on the same tasks."""
     model, variables, _ = laboratory.pretrained
-    config = dataclasses.replace(model.config, layers=1)
-    kept = {name: part for name, part in variables["params"].items() if name[:6] != "layer_" or name == "layer_0"}
-    one = DecoderLM(config)
+    config = dataclasses.replace(model.config, layers=2)
+    kept = {
+        name: part
+        for name, part in variables["params"].items()
+        if name[:6] != "layer_" or name in ("layer_0", "layer_1")
+    }
+    two = DecoderLM(config)  # its second block only keeps the last norm from the first's output
 
     def first_block(variables: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        return layer_vectors(one, variables, tokens, valid, pooled=("mean",))["mean"][:, 0]
+        return layer_vectors(two, variables, tokens, valid, pooled=("mean",))["mean"][:, 1]
 
-    ways = {"untrained, mean of embeddings": _texts_to_vectors(laboratory, first_block, {"params": kept})}
+    ways = {"untrained, mean of block 1": _texts_to_vectors(laboratory, first_block, {"params": kept})}
     if not laboratory.config.tiny:
         ways["MiniLM-L6"] = lambda texts: minilm(tuple(texts))
     return {
