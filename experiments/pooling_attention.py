@@ -355,7 +355,7 @@ def layers_claim(laboratory: Laboratory, _: train.Run) -> tuple[reports.Claim, d
         final = vectors[:, -1]
         measured[f"{way}: last block less the mean sentence"] = round(test.spearman(final - final.mean(axis=0)), 3)
         by_pair = [cosines(vectors[test.first, layer], vectors[test.second, layer]) for layer in (best, -1)]
-        low, high = _difference_interval(*by_pair, test.scores)
+        low, high = _difference_interval(by_pair[0], by_pair[1], test.scores)
         gains.append(low)
         interval.append(f"{way} [{low:.3f}, {high:.3f}]")
     differences = _differences(scores["test"], REFERENCE_CAUSAL)
@@ -418,7 +418,7 @@ def bidirectional_claim(laboratory: Laboratory, _: train.Run) -> tuple[reports.C
         measured[f"{way}: causal less bidirectional, last block"] = round(last[-1], 3)
         final = [laboratory.vectors("test", way, causal=causal)[:, -1] for causal in (True, False)]
         by_pair = [cosines(one[test.first], one[test.second]) for one in final]
-        low, high = _difference_interval(*by_pair, test.scores)
+        low, high = _difference_interval(by_pair[0], by_pair[1], test.scores)
         interval.append(f"{way} [{low:.3f}, {high:.3f}]")
     measured["mean: mean of all blocks at length one"] = round(
         test.spearman(_combined(laboratory.vectors("test", "mean", causal=False), of_length_one=True)), 3
@@ -896,14 +896,18 @@ def designs_claim(laboratory: Laboratory, folder: train.Run) -> tuple[reports.Cl
 def _untrained(laboratory: Laboratory, tasks: Benchmark) -> dict[str, Any]:
     """The language model's first block as it is, and a trained sentence encoder, on the same tasks."""
     model, variables, _ = laboratory.pretrained
-    config = dataclasses.replace(model.config, layers=1)
-    kept = {name: part for name, part in variables["params"].items() if name[:6] != "layer_" or name == "layer_0"}
-    one = DecoderLM(config)
+    config = dataclasses.replace(model.config, layers=2)
+    kept = {
+        name: part
+        for name, part in variables["params"].items()
+        if name[:6] != "layer_" or name in ("layer_0", "layer_1")
+    }
+    two = DecoderLM(config)  # its second block only keeps the last norm from the first's output
 
     def first_block(variables: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        return layer_vectors(one, variables, tokens, valid, pooled=("mean",))["mean"][:, 0]
+        return layer_vectors(two, variables, tokens, valid, pooled=("mean",))["mean"][:, 1]
 
-    ways = {"untrained, mean of embeddings": _texts_to_vectors(laboratory, first_block, {"params": kept})}
+    ways = {"untrained, mean of block 1": _texts_to_vectors(laboratory, first_block, {"params": kept})}
     if not laboratory.config.tiny:
         ways["MiniLM-L6"] = lambda texts: minilm(tuple(texts))
     return {

@@ -96,6 +96,8 @@ class EmbedderConfig(DecoderConfig):
             raise ValueError(f"pool_layers = {self.pool_layers} rows are fewer than {self.layers} layers")
         if not self.mask_padding and self.pooled != "tokens":
             raise ValueError(f"mask_padding = False is for pooled = 'tokens', got {self.pooled!r}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be None or positive, got {self.lora_rank}")
         _ = self.pooling, self.adapters  # which refuse wrong sizes
 
     @property
