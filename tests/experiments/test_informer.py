@@ -20,6 +20,7 @@ def folder(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow  # every claim; `zoo run` of one is in tests/test_cli.py
 def test_a_run_leaves_its_record(folder):
     result = reports.load_result(folder / "result.json")
     assert result.claims[0].verdict == "not tested"
@@ -34,6 +35,7 @@ def test_a_run_leaves_its_record(folder):
     assert {"cost", "forecasts", "active"} <= pictures
 
 
+@pytest.mark.slow  # every claim; `zoo run` of one is in tests/test_cli.py
 def test_resuming_a_finished_run_changes_nothing(folder):
     before = reports.load_result(folder / "result.json")
     config = dataclasses.replace(SMOKE, claims=("accuracy",))

@@ -224,6 +224,7 @@ def test_dropout_keeps_a_share_and_the_mean():
 
 
 class TestForecaster:
+    @pytest.mark.slow
     def test_step_by_step_equals_teacher_forcing(self):
         # With canonical attention a step's distribution depends on the steps before it only.
         model = InformerForecaster(dataclasses.replace(FORECASTER, attention_type="full", scaling="std"))
@@ -295,6 +296,7 @@ class TestForecaster:
         with pytest.raises(ValueError, match="lag 9 of 2 steps reaches beyond the 10 steps"):
             lagged(sequence, (9,), 2)
 
+    @pytest.mark.slow
     def test_trains_with_all_its_dropouts(self):
         model = InformerForecaster(dataclasses.replace(FORECASTER, encoder_layerdrop=0.5, decoder_layerdrop=0.5))
         inputs, variables = made(model)
