@@ -29,6 +29,7 @@ def test_failures_come_first(kept):
     assert page.index("Fire is cold.") < page.index("Water is wet.")
     assert "| baselines: ice | 273.1 |" in page and "| measured: wetness | 0.9, 1 |" in page and "It burns." in page
     assert page.count("| seeds | 0, 1 |") == 1  # of the claim that was trained
+    assert page.count("| built from | official code |") == 2  # a reconstruction is called one
 
 
 def test_papers_table_counts_reproduced_claims(kept):

@@ -131,7 +131,8 @@ def claims_page() -> str:
         chosen = [row for row in rows if row[0].verdict == verdict]
         lines += ["", f"## {verdict.capitalize()} ({len(chosen)})"]
         for claim, result in chosen:
-            lines += ["", f"### {registry.paper(result.paper).title}", "", claim.statement, ""]
+            paper = registry.paper(result.paper)
+            lines += ["", f"### {paper.title}", "", claim.statement, ""]
             lines += [f"| | {claim.verdict} |", "| --- | --- |"]
             for heading in ("measured", "baselines", "published"):
                 values = getattr(claim, heading)
@@ -140,6 +141,7 @@ def claims_page() -> str:
                 lines.append(f"| interval | {claim.interval} |")
             if claim.seeds:
                 lines.append(f"| seeds | {', '.join(map(str, claim.seeds))} |")
+            lines.append(f"| built from | {paper.fidelity} |")
             lines.append(f"| run | preset `{result.preset}`, {result.data}, {result.machine}, {result.date} |")
             if claim.remark:
                 lines += ["", claim.remark]
