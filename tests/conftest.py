@@ -27,9 +27,10 @@ def _resident_bytes() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """One worker runs a module's tests, or those of one `case` where they have cases: what a test has compiled and
+    """Gives a module's tests to one worker, or those of one `case` where they have cases.
 
-    kept, the next one finds. (Dealt out one by one, nearly every program would be traced and compiled by both.)
+    What a test has compiled and kept, the next one finds. Dealt out one by one, the tests of a module would have nearly
+    every program traced and compiled by both workers.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:

@@ -22,7 +22,8 @@ from zoo.weights.gguf_file import GGUFTensor
 
 # The zoo's model that a family's config starts from.
 _BASES = {"gpt2": "gpt2", "llama": "llama2_7b", "mistral": "mistral_7b", "qwen2": "qwen2_0_5b"}
-_FIELDS = {
+# Our names of the cases' config fields, of every adapter on this backbone.
+FIELDS = {
     "vocab_size": "vocab_size",
     "max_positions": "max_length",
     "hidden_size": "features",
@@ -55,7 +56,7 @@ def adapter(
 def model_options(variant: str, overrides: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The zoo's id and config fields of a case's variant (a family, or a published model) and overrides."""
     base = _BASES.get(variant, variant)
-    options = {ours: overrides[name] for name, ours in _FIELDS.items() if name in overrides}
+    options = {ours: overrides[name] for name, ours in FIELDS.items() if name in overrides}
     if "hidden_size" in overrides and "intermediate_size" not in overrides:
         options["mlp_features"] = 4 * overrides["hidden_size"]
     if "heads" in overrides:

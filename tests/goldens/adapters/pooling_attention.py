@@ -11,21 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoo
+from tests.goldens.adapters.lm_backbone import FIELDS
 from zoo.backbones import DecoderLM
 from zoo.layers import lora
 from zoo.layers.rotary import Rotary
 from zoo.papers.pooling_attention import hard_negative_nll, layer_vectors
 
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "features",
-    "intermediate_size": "mlp_features",
-    "layers": "layers",
-    "heads": "heads",
-    "kv_heads": "key_heads",
-    "head_dim": "head_dim",
-    "rms_eps": "norm_epsilon",
-    "sliding_window": "window",
+_FIELDS = FIELDS | {
     "lora_rank": "lora_rank",
     "lora_alpha": "lora_alpha",
     "pool_heads": "pool_heads",
