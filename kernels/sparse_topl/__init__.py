@@ -21,6 +21,7 @@ from kernels.sparse_topl import chunked, gpu, lists, reference, tpu
 from kernels.sparse_topl.selection import Options
 
 ListImplementation = Literal["reference", "chunked"]
+_VECTORS = 4096  # whose distances to all codewords exist at a time
 _LOOKUP = {"reference": reference.lookup, "chunked": lists.lookup}
 _FORWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 _BACKWARD: dict[str, Callable[..., Any]] = {"chunked": chunked.backward, "tpu": tpu.backward, "gpu": gpu.backward}
@@ -46,12 +47,19 @@ def quantisation_loss(vectors: jax.Array, codebook: jax.Array) -> tuple[jax.Arra
 
     Gradients reach vectors and codebook through every term, as in the published code.
     """
-    parts, distances = _distances(vectors, codebook)
     codewords = codebook.astype(jnp.float32)
-    weights = jax.nn.softmax(-jnp.log(jnp.maximum(distances, 1e-5)), axis=-1)
-    weighted = jnp.einsum("...me,med->...md", weights, codewords, precision="highest")
-    nearest = codewords[jnp.arange(codebook.shape[0]), jnp.argmin(distances, axis=-1)]
-    loss = jnp.mean((weighted - nearest) ** 2) + jnp.mean((parts - nearest) ** 2)
+
+    @jax.checkpoint
+    def of_one(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts, distances = _distances(vector, codebook)
+        weights = jax.nn.softmax(-jnp.log(jnp.maximum(distances, 1e-5)), axis=-1)
+        weighted = jnp.einsum("me,med->md", weights, codewords, precision="highest")
+        nearest = codewords[jnp.arange(codebook.shape[0]), jnp.argmin(distances, axis=-1)]
+        return nearest, jnp.sum((weighted - nearest) ** 2 + (parts - nearest) ** 2)
+
+    # A vector's distances are E times as large as it is: they are made for some at a time, and again for the gradient.
+    nearest, losses = jax.lax.map(of_one, vectors.reshape(-1, vectors.shape[-1]), batch_size=_VECTORS)
+    loss = losses.sum() / vectors.size
     return nearest.reshape(vectors.shape), loss
 
 
