@@ -20,7 +20,9 @@ def test_a_run_leaves_its_record(tmp_path):
 @pytest.mark.slow
 def test_the_other_claims_run(tmp_path):
     config = dataclasses.replace(SMOKE, claims=("modulation", "penalty"), atom_features=True)
-    assert len(druggen.run(config, tmp_path).claims) == 2
+    claims = druggen.run(config, tmp_path).claims
+    assert len(claims) == 2
+    assert druggen.run(config, tmp_path, resume=True).claims == claims
 
 
 def test_wrong_configs_and_missing_files_say_so(tmp_path):
