@@ -38,21 +38,22 @@ def count(jaxpr: core.Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        operands, size = [variable.aval for variable in equation.invars], equation.outvars[0].aval.size
+        operands: list[Any] = [variable.aval for variable in equation.invars]
+        result: Any = equation.outvars[0].aval if equation.outvars else None
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            total += size * math.prod(operands[0].shape[axis] for axis in contracted)
+            total += result.size * math.prod(operands[0].shape[axis] for axis in contracted)
         elif name == "conv_general_dilated":
             features = operands[1].shape[params["dimension_numbers"].rhs_spec[0]]
             # Of an image spread out by zeros (a transposed convolution) the zeros do not count.
-            total += size * (operands[1].size // features) // math.prod(params["lhs_dilation"])
+            total += result.size * (operands[1].size // features) // math.prod(params["lhs_dilation"])
         elif name == "cond":
             total += max(count(branch.jaxpr) for branch in params["branches"])
         elif name != "pallas_call":
             repeats = params["length"] if name == "scan" else _parts(params) if name == "shard_map" else 1
             for inner in jax.tree.leaves(params, is_leaf=_is_jaxpr):
                 if _is_jaxpr(inner):
-                    total += repeats * count(getattr(inner, "jaxpr", inner))
+                    total += repeats * count(inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner)
     return total
 
 
