@@ -27,12 +27,13 @@ def test_matmul_compiles_for_every_target(target):
     assert found.argument_bytes == 2 * (1024 * 512 + 512 * 256)
     assert found.output_bytes == 2 * 1024 * 256
     assert found.peak_bytes >= found.argument_bytes + found.output_bytes and found.fits
+    assert found.multiply_adds == 1024 * 512 * 256
     assert found.kernels == {} if target.startswith("tpu") else "__triton" not in found.kernels
     if target.startswith("tpu"):
         assert found.flops == pytest.approx(2 * 1024 * 512 * 256, rel=0.01)
         assert found.least_seconds == found.bytes_accessed / TARGETS[target].bandwidth  # memory bound
     text = str(found)
-    assert target in text and "parameters  3" in text and "none by hand" in text
+    assert target in text and "parameters  3" in text and "1.3422e+08 multiply-adds" in text and "none by hand" in text
 
 
 @pytest.mark.parametrize("target, axes", [("tpu-v5e", {"data": 4, "model": 2}), ("tpu-v5p", {"data": 32, "model": 4}),

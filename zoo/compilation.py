@@ -38,7 +38,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from zoo import registry, train
+from zoo import counting, registry, train
 from zoo.errors import unknown
 
 # ---------------------------------------------------------------------------------------------------------- targets
@@ -277,6 +277,7 @@ class Compiled:
     executable: jax.stages.Compiled
     devices: int
     seconds: float  # of lowering and compiling, on this machine
+    multiply_adds: int  # of the traced program, all devices together (`zoo.counting`)
     kernels: Mapping[str, int]  # hand-written kernels and library calls in the program: name and number of calls
     loops: tuple[Loop, ...] = ()  # of Pallas kernels on a TPU
     assembly: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # PTX of a GPU program
@@ -336,7 +337,8 @@ def compile_for(
     start = time.perf_counter()
     try:
         with _environment(**_NO_CUDNN), _without_compilation_cache():
-            executable = jitted.trace(*shapes).lower(lowering_platforms=(target.platform,)).compile(options)
+            traced = jitted.trace(*shapes)
+            executable = traced.lower(lowering_platforms=(target.platform,)).compile(options)
         seconds = time.perf_counter() - start
         calls = _kernel_calls(executable.as_text())
         loops = _read_loops(dump, calls) if target.platform == "tpu" else ()
@@ -352,7 +354,8 @@ def compile_for(
             dump.rmdir()
     count = mesh.size if mesh else 1
     kernels = Counter(kernel for _, kernel in calls)
-    return Compiled(target, executable, count, seconds, dict(sorted(kernels.items())), loops, assembly)
+    products = counting.count(traced.jaxpr.jaxpr)
+    return Compiled(target, executable, count, seconds, products, dict(sorted(kernels.items())), loops, assembly)
 
 
 @contextlib.contextmanager
@@ -502,6 +505,7 @@ class CompilationReport:
     temporary_bytes: int
     memory_bytes: int  # of the device
     kernels: Mapping[str, int]
+    multiply_adds: int  # of matrix products and convolutions, all devices together
     flops: float | None  # as the compiler counts them; None for GPUs, whose compiler does not
     bytes_accessed: float | None
     parameters: int | None = None
@@ -537,6 +541,7 @@ class CompilationReport:
             f"{gib(self.output_bytes)}, of which donated {gib(self.alias_bytes)}, temporaries "
             f"{gib(self.temporary_bytes)})"
         )
+        lines.append(f"products    {self.multiply_adds:.4e} multiply-adds of all devices' matrices and convolutions")
         if self.flops is not None and self.bytes_accessed is not None:
             lines.append(
                 f"cost        {self.flops:.3e} FLOP, {self.bytes_accessed:.3e} bytes a device: "
@@ -561,6 +566,7 @@ def report(compiled: Compiled, parameters: int | None = None) -> CompilationRepo
         temporary_bytes=memory.temp_size_in_bytes,
         memory_bytes=compiled.target.memory_bytes,
         kernels=compiled.kernels,
+        multiply_adds=compiled.multiply_adds,
         flops=cost.get("flops"),
         bytes_accessed=cost.get("bytes accessed"),
         parameters=parameters,

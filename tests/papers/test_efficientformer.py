@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import zoo
-from tests import macs
 from tests.parameters import random_parameters
 from zoo import registry
 from zoo.layers.conv_norm import fold
@@ -52,13 +51,6 @@ def test_parameter_counts_are_the_published_ones(id):
     _, shapes = shapes_of(zoo.create(id))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     assert count == (registry.model(id).variant.parameters or count)
-
-
-@pytest.mark.parametrize("id, billions", [("l1", 1.3), ("l3", 3.9), ("l7", 10.2)])
-def test_multiply_adds_are_the_published_ones(id, billions):
-    model = zoo.create(f"efficientformer_{id}")
-    inputs, shapes = shapes_of(model)
-    assert macs.count(model.apply, shapes, inputs["images"]) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_stages_end_as_published():

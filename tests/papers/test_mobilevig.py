@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import zoo
-from tests import macs
 from tests.parameters import random_parameters
 from zoo import registry
 from zoo.backbones.mask_rcnn import roi_align
@@ -52,12 +51,6 @@ def test_the_dense_backbone_is_the_classifier_s_body():
     _, _, shapes = shapes_of("mobilevig_ti_dense")
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     assert count == registry.model("mobilevig_ti_dense").variant.parameters
-
-
-@pytest.mark.parametrize("id, billions", [("ti", 0.7), ("s", 1.0), ("m", 1.5), ("b", 2.8)])
-def test_multiply_adds_are_the_published_ones(id, billions):
-    model, inputs, shapes = shapes_of(f"mobilevig_{id}")
-    assert macs.count(model.apply, shapes, inputs["images"]) / 1e9 == pytest.approx(billions, abs=0.06)
 
 
 @pytest.mark.parametrize(
