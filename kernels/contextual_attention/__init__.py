@@ -70,7 +70,7 @@ def contextual_attention(
     if implementation == "reference":  # the definition is differentiated by JAX itself
         pooled, logits = reference.forward(operands)
     else:
-        pooled, logits = _attend(operands, implementation)
+        pooled, logits = _jitted(operands, implementation)
     weights = jax.nn.softmax(logits, axis=1)
     return pooled, jnp.where(operands.valid[:, :, None], weights, 0)
 
@@ -95,3 +95,5 @@ def _backward(implementation: Implementation | None, residuals: Any, cotangents:
 
 
 _attend.defvjp(_forward, _backward)
+# Called outside a program too, every layer of the same shapes finds one compiled.
+_jitted = jax.jit(_attend, static_argnums=1)

@@ -65,7 +65,7 @@ def edge_attention(
     _check(query, key, value, edges, edge_kernel, edge_bias, out_kernel, out_bias)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return _edge_attention(
+    return _jitted(
         (query, key, value, edges, edge_kernel, edge_bias, out_kernel, out_bias), float(scale), implementation
     )
 
@@ -119,3 +119,5 @@ def _backward(scale, implementation, operands, cotangents):
 
 
 _edge_attention.defvjp(_forward, _backward)
+# Called outside a program too, every layer of the same shapes finds one compiled.
+_jitted = jax.jit(_edge_attention, static_argnums=(1, 2))
