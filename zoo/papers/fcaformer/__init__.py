@@ -28,7 +28,6 @@ import dataclasses
 from zoo.backbones import mask_rcnn, segmentation
 from zoo.papers.fcaformer.dense import (
     DenseConfig,
-    DetectorConfig,
     FcaFormerDense,
     FcaFormerMaskRCNN,
     FcaFormerUPerNet,
@@ -58,7 +57,6 @@ from zoo.train.classification import distilled_loss as loss
 __all__ = [
     "ConvNeXtBlock",
     "DenseConfig",
-    "DetectorConfig",
     "FcaBlock",
     "FcaFormer",
     "FcaFormerConfig",
@@ -126,9 +124,15 @@ register(
 )(FcaFormerDense)
 register(
     PAPER,
-    Variant("mask_rcnn_fcaformer_l2", DetectorConfig()),
+    Variant("mask_rcnn_fcaformer_l2", mask_rcnn.DetectorConfig(DenseConfig())),
+    Variant(
+        "cascade_mask_rcnn_fcaformer_l2",
+        mask_rcnn.DetectorConfig(DenseConfig(drop_path_rate=0.2), design=mask_rcnn.CASCADE_MASK_RCNN),
+    ),
     example_inputs=mask_rcnn.example_inputs,
     weight_rules=detector_rules,
+    loss=mask_rcnn.loss,
+    example_targets=mask_rcnn.example_targets,
 )(FcaFormerMaskRCNN)
 register(
     PAPER,
