@@ -486,7 +486,7 @@ def test_wrong_designs_say_so():
         dataclasses.replace(SMALL, stages=())
     with pytest.raises(ValueError, match="sampled_regions must be at least 4, got 3"):
         dataclasses.replace(SMALL, sampled_regions=3)
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_classes and channels must be positive, got 0, 256"):
         mask_rcnn.DetectorConfig(Backbone(), 0)
 
 

@@ -24,18 +24,20 @@ class DetectorConfig:
     Attributes:
       backbone: its config.
       num_classes: without the background.
+      channels: of the pyramid and the heads.
       design: `MASK_RCNN` or `CASCADE_MASK_RCNN`.
       image_size: height and width in pixels of example inputs; any other will do.
     """
 
     backbone: Any
     num_classes: int = 80
+    channels: int = 256
     design: Design = MASK_RCNN
     image_size: tuple[int, int] = (64, 64)
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
+        if self.num_classes < 1 or self.channels < 1:
+            raise ValueError(f"num_classes and channels must be positive, got {self.num_classes}, {self.channels}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Detector(nn.Module):
     def setup(self) -> None:
         """See the class."""
         config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.detector = MaskRCNN(self.backbone(**options), config.num_classes, design=config.design, **options)
+        self.detector = MaskRCNN(
+            self.backbone(**options), config.num_classes, config.channels, config.design, **options
+        )
 
     def __call__(self, images: jax.Array, regions: jax.Array, train: bool = False) -> tuple[Proposals | Regions, ...]:
         """float (B, height, width, channels), standardised, and regions (B, R, 4) in pixels, to all stages' words."""

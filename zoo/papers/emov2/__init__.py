@@ -15,7 +15,8 @@ What the published code does and the paper does not say, and what is therefore d
 - the layer scale is there also where there is no residual;
 - every norm has an epsilon of 1e-6; the depthwise convolution has a batch norm and SiLU also in the stages of layer
   norms and GELU;
-- in detection and segmentation the window is 10.
+- in detection and segmentation the window is 10; RetinaNet and Mask R-CNN leave the stem and the first stage as they
+  are, and all detectors the batch norms' statistics.
 
 Not here: an option of the published block that attends before it makes values (its code puts the close windows back
 with the far ones' permutation; no network uses it); the video network and DEMO's code, which were

@@ -13,6 +13,8 @@ What the published code does and the paper does not say, and what is therefore d
   presumably meant;
 - the enhanced map takes the map's place, there is no skip around the convolution;
 - there are two layer norms in a row before the feed-forward network;
+- the cascade's backbone drops twice as many paths as the detector's; its box heads are here those that MMDetection
+  has, of which the published configuration makes four convolutions and a layer, trained by the boxes' overlap;
 - dense prediction works in windows and pads maps by turns before and behind, which shifts windows against each other,
   while cross tokens stay with the window of their number; what is padded counts as tokens.
 
