@@ -29,6 +29,8 @@ sample_regions = jax.jit(regions.sample_regions, static_argnums=(0, 1))
 region_losses = jax.jit(regions.region_losses, static_argnums=(0, 1))
 region_mask_loss = jax.jit(regions.region_mask_loss)
 assign = jax.jit(box.assign, static_argnums=(3, 4, 5, 6))
+# Small networks are compiled longer than they run.
+quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 cut_masks = jax.jit(crop_masks, static_argnums=3)
 put_masks = jax.jit(paste_masks, static_argnums=(2, 3))
 
@@ -169,9 +171,6 @@ def test_the_losses_of_proposals():
     assert 0 < positives < 16
     class_loss, box_loss = proposal_losses(SMALL, scores, right + np.array([0, 0.5, 0, 0], np.float32), boxes, labels)
     np.testing.assert_allclose(box_loss, 0.5 * positives / 64, rtol=1e-5)
-    smooth = dataclasses.replace(SMALL, anchor_beta=1.0)
-    _, box_loss = proposal_losses(smooth, scores, right + np.array([0, 0.5, 0, 0], np.float32), boxes, labels)
-    np.testing.assert_allclose(box_loss, 0.5 * 0.25 * positives / 64, rtol=1e-5)
     # Right scores cost nothing.
     sure = np.stack([np.where(c >= 0, 20.0, -20.0) for c in chosen]).astype(np.float32)
     assert proposal_losses(SMALL, sure, right, boxes, labels)[0] < 1e-6
@@ -190,7 +189,7 @@ def test_anchors_beyond_the_edge_count_in_mask_rcnn_alone():
 
 
 def test_padding_changes_nothing():
-    boxes, labels, masks = a_batch()
+    boxes, labels, _ = a_batch()
     random = np.random.default_rng(0)
     number = len(anchors_of())
     scores, deltas = random.normal(size=(2, number)), random.normal(size=(2, number, 4))
@@ -204,12 +203,6 @@ def test_padding_changes_nothing():
     one, other = draw(boxes, labels), draw(*more)
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert (one.chosen >= 0).sum() == 6 and (one.chosen == box.NEGATIVE).sum() == 18
-    logits = jnp.asarray(random.normal(size=(2, 3, 28, 28, 3)), jnp.float32)
-    first = jax.tree.map(lambda x: x[:, :3], one)
-    np.testing.assert_array_equal(
-        region_mask_loss(first, logits, labels, masks),
-        region_mask_loss(first, logits, more[1], padded(masks, 2, True)),
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- regions
@@ -319,7 +312,7 @@ def trained():
     """Losses and gradients of a network, compiled once: f(params, key, images, boxes, labels, masks)."""
     model, variables, images = network()
 
-    @jax.jit
+    @quickly
     @partial(jax.value_and_grad, has_aux=True)
     def losses(params, key, images, *targets):
         parts = model.apply({"params": params}, images, *targets, key, method="losses")
@@ -402,7 +395,7 @@ def test_it_finds_what_it_learned():
 def test_a_cascade_refines_and_averages():
     model, variables, images = network(CASCADE)
     boxes, _, _ = a_batch()
-    _, *stages = jax.jit(model.apply)(variables, images, boxes)
+    _, *stages = quickly(model.apply)(variables, images, boxes)
     assert [x.deltas.shape for x in stages] == [(2, 3, 4)] * 3
     np.testing.assert_array_equal(stages[0].boxes, boxes)
     for stage, one, following in zip(CASCADE.stages, stages, stages[1:], strict=False):
@@ -440,7 +433,7 @@ def test_a_cascade_s_stages_lose_by_their_weights():
 
 def test_detections_are_in_order_and_inside():
     model, variables, images = network()
-    found = jax.jit(lambda v: model.apply(v, images, method="detect"))(variables)
+    found = quickly(lambda v: model.apply(v, images, method="detect"))(variables)
     assert found.masks.shape == (2, 100, 28, 28) and found.valid.any()
     assert ((found.boxes >= 0) & (found.boxes <= jnp.array([WIDTH, HEIGHT] * 2))).all() and (found.classes < 3).all()
     assert (jnp.diff(found.scores, axis=1) <= 0).all() and (found.scores[found.valid] > 0.05).all()
@@ -494,7 +487,9 @@ def test_wrong_designs_say_so():
 
 
 # In millions, cut after the first digit.
-PUBLISHED = {"emov2_1m": 21.2, "emov2_2m": 22.1, "emov2_5m": 24.8, "emov2_20m": 39.8}
+PUBLISHED = {
+    f"mask_rcnn_emov2_{size}": count for size, count in (("1m", 21.2), ("2m", 22.1), ("5m", 24.8), ("20m", 39.8))
+}
 
 
 def shapes_of(id):
@@ -502,11 +497,15 @@ def shapes_of(id):
     return model, jax.eval_shape(model.init, jax.random.key(0), **zoo.example_inputs(id, 1))
 
 
-@pytest.mark.parametrize("id", ["emov2_1m", pytest.param("emov2_20m", marks=pytest.mark.slow)])
-def test_published_sizes(id):
-    _, shapes = shapes_of(f"mask_rcnn_{id}")
+def assert_size(id, shapes):
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     assert math.floor(count / 1e5) / 10 == PUBLISHED[id]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("id", [id for id in PUBLISHED if id != "mask_rcnn_emov2_1m"])
+def test_published_sizes(id):
+    assert_size(id, shapes_of(id)[1])
 
 
 @pytest.mark.parametrize("id", ["mask_rcnn_emov2_1m", "cascade_mask_rcnn_fcaformer_l2", "mask_rcnn_efficientformer_l1"])
@@ -517,6 +516,8 @@ def test_mmdetection_s_names_go_in_and_out(id):
     published = weights.to_published(variables, rules)
     back = names.convert(published, rules, shapes)
     assert jax.tree.structure(nn.meta.unbox(back)) == jax.tree.structure(variables)
+    if id in PUBLISHED:
+        assert_size(id, shapes)
     if id.startswith("cascade"):
         assert published["roi_head.bbox_head.2.fc_reg.weight"].shape == (4, 1024)
         assert published["roi_head.mask_head.1.conv_logits.weight"].shape == (80, 256, 1, 1)
