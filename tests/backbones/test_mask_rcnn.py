@@ -29,10 +29,11 @@ sample_regions = jax.jit(regions.sample_regions, static_argnums=(0, 1))
 region_losses = jax.jit(regions.region_losses, static_argnums=(0, 1))
 region_mask_loss = jax.jit(regions.region_mask_loss)
 assign = jax.jit(box.assign, static_argnums=(3, 4, 5, 6))
-# Small networks are compiled longer than they run.
-quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 cut_masks = jax.jit(crop_masks, static_argnums=3)
 put_masks = jax.jit(paste_masks, static_argnums=(2, 3))
+
+# Small networks are compiled longer than they run.
+quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SMALL = dataclasses.replace(MASK_RCNN, proposals=24, sampled_anchors=32, sampled_regions=32)
 CASCADE = dataclasses.replace(CASCADE_MASK_RCNN, proposals=24, sampled_anchors=32, sampled_regions=32)

@@ -213,7 +213,7 @@ class MaskRCNN(nn.Module):
                 mask_loss = region_mask_loss(first, heads.masks(maps, first.boxes), labels, masks)
             stages.append([stage.weight * x for x in (class_loss, box_loss, mask_loss)])
             classes = labels_of(sampled.chosen, labels, jnp.argmax(scores[..., :-1], axis=-1))
-            regions = jax.lax.stop_gradient(refine(stage, sampled.boxes, deltas, classes, size))
+            regions = refine(stage, sampled.boxes, jax.lax.stop_gradient(deltas), classes, size)
             valid = (sampled.chosen != box.IGNORED) & ~sampled.given  # boxes themselves come anew
         return Losses(*anchor_losses, *(jnp.stack(x) for x in zip(*stages, strict=True)))
 

@@ -162,8 +162,8 @@ def best_proposals(
         kept, valid = box.batched_nms(regions, best, levels, 0.7, min(most, len(best)))
         return regions[kept], valid
 
-    scores, deltas = (x.astype(jnp.float32) for x in (proposals.scores, proposals.deltas))
-    return jax.lax.stop_gradient(jax.vmap(of_image)(scores, deltas))
+    scores, deltas = (jax.lax.stop_gradient(x.astype(jnp.float32)) for x in (proposals.scores, proposals.deltas))
+    return jax.vmap(of_image)(scores, deltas)
 
 
 def proposal_losses(

@@ -19,8 +19,8 @@ What the published code does and the paper does not say, and what is therefore d
   are, and all detectors the batch norms' statistics.
 
 Not here: an option of the published block that attends before it makes values (its code puts the close windows back
-with the far ones' permutation; no network uses it); the video network and DEMO's code, which were
-not published (DEMO is put together from its logs).
+with the far ones' permutation; no network uses it); the video network and DEMO's code, which were not
+published (DEMO is put together from its logs).
 """
 
 from __future__ import annotations
