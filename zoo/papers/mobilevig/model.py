@@ -261,7 +261,7 @@ class MobileViG(nn.Module):
 
 
 class MobileViGMaskRCNN(Detector):
-    """`zoo.backbones.mask_rcnn.MaskRCNN` on `MobileViGFeatures`, whose batch norms keep their statistics."""
+    """`zoo.backbones.mask_rcnn.MaskRCNN` on `MobileViGFeatures`, whose norms keep their statistics if pretrained."""
 
     config: FrozenConfig
 
