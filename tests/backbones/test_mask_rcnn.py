@@ -354,45 +354,6 @@ def test_the_loss_falls_on_rectangles(trained):
     assert np.mean(values[-5:]) < 0.6 * np.mean(values[:5])
 
 
-@pytest.mark.slow
-def test_it_finds_what_it_learned():
-    """A few hundred steps on two images of rectangles: boxes, classes and masks are the right ones."""
-    boxes, labels, masks = a_batch()
-    boxes[0] = [[4, 4, 24, 20], [36, 8, 60, 40], [4, 28, 28, 44]]
-    boxes[1] = [[8, 8, 36, 40], [44, 16, 60, 44], [0, 0, 4, 4]]
-    x0, y0, x1, y1 = np.moveaxis(boxes, -1, 0)[..., None, None]
-    y, x = np.arange(HEIGHT)[:, None] + 0.5, np.arange(WIDTH) + 0.5
-    masks = (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
-    images = jnp.asarray(np.einsum("bghw,bgc->bhwc", masks, np.eye(3)[labels] * (labels >= 0)[..., None]), jnp.float32)
-    model = MaskRCNN(Maps(), 3, 16, dataclasses.replace(SMALL, sampled_anchors=64))
-    params = jax.jit(model.init)(jax.random.key(0), images, jnp.asarray(boxes))["params"]
-    params = nn.meta.unbox(params)
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, 400))
-
-    @jax.jit
-    def step(carry, key):
-        params, state = carry
-        total = lambda p: sum(  # noqa: E731
-            x.sum() for x in model.apply({"params": p}, images, boxes, labels, masks, key, method="losses")
-        )
-        updates, state = optimizer.update(jax.grad(total)(params), state)
-        return optax.apply_updates(params, updates), state
-
-    carry = params, optimizer.init(params)
-    for key in jax.random.split(jax.random.key(1), 400):
-        carry = step(carry, key)
-    found = jax.jit(lambda params: model.apply({"params": params}, images, method="detect"))(carry[0])
-    for image, number in enumerate((3, 2)):
-        sure = np.asarray(found.scores[image] > 0.5)
-        shared = np.asarray(box.overlaps(found.boxes[image][sure], jnp.asarray(boxes[image, :number])))
-        best = shared.argmax(axis=0)
-        assert sure.sum() == number and (shared.max(axis=0) > 0.7).all()
-        np.testing.assert_array_equal(found.classes[image][sure][best], labels[image, :number])
-        pasted = np.asarray(put_masks(found.masks[image][sure], found.boxes[image][sure], HEIGHT, WIDTH))[best]
-        true = masks[image, :number]
-        assert ((pasted & true).sum((1, 2)) / (pasted | true).sum((1, 2)) > 0.7).all()
-
-
 def test_a_cascade_refines_and_averages():
     model, variables, images = network(CASCADE)
     boxes, _, _ = a_batch()
