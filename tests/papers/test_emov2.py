@@ -14,6 +14,7 @@ from kernels import attention
 from tests.kernels.compile import assert_holds_kernel
 from tests.parameters import random_parameters
 from zoo import registry, weights
+from zoo.backbones import mask_rcnn
 from zoo.backbones import segmentation as heads
 from zoo.layers import boxes
 from zoo.layers.resizing import adaptive_average_pool
@@ -417,3 +418,27 @@ def test_a_kernel_does_the_attention():
     v = jax.nn.relu(x @ p["value"]["kernel"] + p["value"]["bias"]).reshape(1, 9, 2, 8)
     expected = 2 * attention(q, k, v).reshape(1, 3, 3, 16)
     np.testing.assert_allclose(module.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_mask_rcnn_leaves_the_first_stage_and_the_statistics_if_pretrained(pretrained):
+    design = dataclasses.replace(mask_rcnn.MASK_RCNN, proposals=16, sampled_anchors=16, sampled_regions=16)
+    config = mask_rcnn.FrozenConfig(SHALLOW, 3, 8, design, pretrained=pretrained)
+    model = detection.EMOv2MaskRCNN(config)
+    batch = mask_rcnn.example_inputs(config, 1) | mask_rcnn.example_targets(config, 1)
+    variables = random_variables(model, batch["images"], batch["regions"])
+    loss = mask_rcnn.loss(model)
+
+    @jax.jit
+    def gradients(params):
+        state = {"batch_stats": variables["batch_stats"]}
+        return jax.grad(lambda p: loss(p, state, batch, {"dropout": jax.random.key(0)}, True), has_aux=True)(params)
+
+    gradient, (state, _) = gradients(variables["params"])
+    backbone = gradient["detector"]["backbone"]
+    for name in ("stem_0", "stage_1_block_0"):
+        assert any(bool(np.any(x)) for x in jax.tree.leaves(backbone[name])) != pretrained
+    assert np.any(backbone["stage_2_block_0"]["project"]["conv"]["kernel"])
+    same = jax.tree.map(np.array_equal, nn.meta.unbox(state["batch_stats"]), variables["batch_stats"])
+    assert all(jax.tree.leaves(same)) == pretrained

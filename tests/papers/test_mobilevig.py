@@ -11,8 +11,8 @@ import pytest
 import zoo
 from tests.parameters import random_parameters
 from zoo import registry
-from zoo.backbones.mask_rcnn import roi_align
 from zoo.layers.conv_norm import fold
+from zoo.layers.regions import roi_align
 from zoo.papers import mobilevig
 from zoo.papers.mobilevig import MobileViG, MobileViGConfig, MobileViGFeatures, svga_aggregate
 from zoo.papers.mobilevig.weights import rules

@@ -1,4 +1,4 @@
-"""Boxes for detectors: anchors, overlaps, assignment, coding, losses, non-maximum suppression.
+"""Boxes for detectors: anchors, overlaps, assignment, sampling, coding, losses, non-maximum suppression.
 
 Boxes are (x0, y0, x1, y1) in pixels; width x1 - x0. What of a batch is padding has label -1.
 """
@@ -66,12 +66,18 @@ def overlaps(boxes: jax.Array, others: jax.Array) -> jax.Array:
 
 
 def assign(
-    anchors: jax.Array, boxes: jax.Array, labels: jax.Array, positive: float, negative: float, every_best: bool
+    anchors: jax.Array,
+    boxes: jax.Array,
+    labels: jax.Array,
+    positive: float,
+    negative: float,
+    every_best: bool,
+    least: float = 0.0,
 ) -> jax.Array:
     """Which box each anchor is for: int32 (N,), NEGATIVE for none, IGNORED for anchors that count for nothing.
 
     An anchor is for the box it overlaps most, by at least `positive`; and for a box of which it is (one of) the best
-    anchors, however little they overlap, a later box before an earlier one. It is for none below `negative`.
+    anchors, if they overlap by at least `least`, a later box before an earlier one. It is for none below `negative`.
 
     Args:
       anchors: (N, 4).
@@ -79,6 +85,7 @@ def assign(
       labels: (G,), below 0 for padding.
       positive, negative: overlaps.
       every_best: all of a box's best anchors, if there are several, or only the first.
+      least: overlap; infinity where being the best is no reason.
     """
     real = labels >= 0
     shared = jnp.where(real[:, None], overlaps(boxes, anchors), -1.0)
@@ -88,8 +95,31 @@ def assign(
         best = shared == shared.max(axis=1, keepdims=True)
     else:
         best = jnp.arange(anchors.shape[0]) == shared.argmax(axis=1)[:, None]
-    own = jnp.where(best & real[:, None], jnp.arange(boxes.shape[0])[:, None], -1).max(axis=0)
+    best &= real[:, None] & (shared.max(axis=1, keepdims=True) >= least)
+    own = jnp.where(best, jnp.arange(boxes.shape[0])[:, None], -1).max(axis=0)
     return jnp.where(own >= 0, own, chosen).astype(jnp.int32)
+
+
+def sample(rng: jax.Array, chosen: jax.Array, most: int, positives: int) -> tuple[jax.Array, jax.Array]:
+    """Draws what is trained on: some anchors that are for a box, then others that are for none, as many as are left.
+
+    Args:
+      rng: a key.
+      chosen: int (N,), of `assign`.
+      most: how many there may be altogether; no more than N are returned.
+      positives: how many of them may be for a box.
+
+    Returns:
+      Places int32 (most,), those for a box first, and whether there is such an anchor, bool (most,).
+    """
+    most, positives = min(most, len(chosen)), min(positives, len(chosen))
+    order = jax.random.uniform(rng, chosen.shape)
+    first, first_place = jax.lax.top_k(jnp.where(chosen >= 0, order, -1), positives)
+    rest, rest_place = jax.lax.top_k(jnp.where(chosen == NEGATIVE, order, -1), most)
+    room = most - (first >= 0).sum()
+    kept = jnp.concatenate([first >= 0, (rest >= 0) & (jnp.arange(most) < room)])
+    front = jnp.argsort(~kept, stable=True)[:most]
+    return jnp.concatenate([first_place, rest_place])[front], kept[front]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +148,12 @@ class BoxCoder:
         boxes = jnp.concatenate([centre - half, centre + half], axis=-1)
         return jnp.clip(boxes, 0, jnp.asarray([width, height, width, height], boxes.dtype))
 
+    def targets(self, anchors: jax.Array, boxes: jax.Array, chosen: jax.Array) -> jax.Array:
+        """What deltas (N, 4) of anchors (N, 4) should be, of boxes (G, 4) chosen (N,); 0 where there is none."""
+        positive, any_box = (chosen >= 0)[:, None], jnp.asarray([0.0, 0.0, 1.0, 1.0])
+        own = jnp.where(positive, boxes[jnp.maximum(chosen, 0)], any_box)
+        return self.encode(jnp.where(positive, anchors, any_box), own)
+
 
 def _centre(boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
@@ -135,13 +171,19 @@ def focal_loss(logits: jax.Array, targets: jax.Array, alpha: float = 0.25, gamma
     probability = jax.nn.sigmoid(logits)
     missed = (1 - probability) * targets + probability * (1 - targets)
     weight = alpha * targets + (1 - alpha) * (1 - targets)
-    entropy = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    return weight * missed**gamma * entropy
+    return weight * missed**gamma * binary_cross_entropy(logits, targets)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-t log sigmoid(x) - (1 - t) log(1 - sigmoid(x)), element by element."""
+    return jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
 
 def smooth_l1(error: jax.Array, beta: float = 1.0) -> jax.Array:
-    """error^2 / (2 beta) below beta, |error| - beta / 2 from there on."""
+    """error^2 / (2 beta) below beta, |error| - beta / 2 from there on; for a beta of 0 it is L1."""
     size = jnp.abs(error)
+    if beta == 0:
+        return size
     return jnp.where(size < beta, 0.5 * size * size / beta, size - 0.5 * beta)
 
 
@@ -169,6 +211,16 @@ def batched_nms(
 
     _, kept = jax.lax.scan(step, scores, None, length=most)
     return kept
+
+
+def example_targets(height: int, width: int, num_classes: int, batch_size: int) -> dict[str, np.ndarray]:
+    """Random `boxes` (B, 3, 4) float32 and `labels` (B, 3) int32, the last of them padding."""
+    rng = np.random.default_rng(1)
+    corner = rng.uniform(0, 0.5, (batch_size, 3, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(0.1, 0.5, corner.shape)], -1) * [width, height, width, height]
+    labels = rng.integers(0, num_classes, (batch_size, 3)).astype(np.int32)
+    labels[:, -1] = -1
+    return {"boxes": boxes.astype(np.float32), "labels": labels}
 
 
 def average_precision(

@@ -20,16 +20,18 @@ of the search was not published; `search` is written from the paper's equations.
 
 from __future__ import annotations
 
+from zoo.backbones import mask_rcnn
 from zoo.papers.efficientformer.model import (
     DenseConfig,
     EfficientFormer,
     EfficientFormerConfig,
     EfficientFormerDense,
+    EfficientFormerMaskRCNN,
     Meta3D,
     Meta4D,
     example_inputs,
 )
-from zoo.papers.efficientformer.weights import rules
+from zoo.papers.efficientformer.weights import detector_rules, rules
 from zoo.registry import Paper, Variant, register
 from zoo.train.classification import distilled_loss as loss
 from zoo.train.classification import distilled_targets as example_targets
@@ -39,6 +41,7 @@ __all__ = [
     "EfficientFormer",
     "EfficientFormerConfig",
     "EfficientFormerDense",
+    "EfficientFormerMaskRCNN",
     "Meta3D",
     "Meta4D",
     "loss",
@@ -85,3 +88,14 @@ register(
     example_inputs=example_inputs,
     weight_rules=rules,
 )(EfficientFormerDense)
+register(
+    PAPER,
+    *(
+        Variant(f"mask_rcnn_efficientformer_{name}", mask_rcnn.DetectorConfig(DenseConfig(**sizes)))
+        for name, sizes in _SIZES.items()
+    ),
+    example_inputs=mask_rcnn.example_inputs,
+    weight_rules=detector_rules,
+    loss=mask_rcnn.loss,
+    example_targets=mask_rcnn.example_targets,
+)(EfficientFormerMaskRCNN)

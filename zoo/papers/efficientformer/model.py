@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import attention
+from zoo.backbones.mask_rcnn import Detector, DetectorConfig
 from zoo.layers.conv_norm import ConvNorm, LayerScale
 from zoo.layers.convolution import average_pool
 from zoo.layers.drop_path import DropPath
@@ -323,6 +324,17 @@ class EfficientFormerDense(nn.Module):
             )(x)
             for stage, x in enumerate(maps)
         ]  # fmt: skip
+
+
+class EfficientFormerMaskRCNN(Detector):
+    """`zoo.backbones.mask_rcnn.MaskRCNN` on `EfficientFormerDense`, all of which is trained, batch norms too."""
+
+    config: DetectorConfig
+
+    @nn.nowrap
+    def backbone(self, **options: Any) -> nn.Module:
+        """See the class."""
+        return EfficientFormerDense(self.config.backbone, **options)
 
 
 def example_inputs(config: EfficientFormerConfig, batch_size: int) -> dict[str, np.ndarray]:

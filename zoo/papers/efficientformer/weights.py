@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoo.backbones import mask_rcnn
 from zoo.papers.efficientformer.model import DenseConfig, EfficientFormerConfig
 from zoo.weights.names import Rule, layer, under
 
@@ -55,3 +56,8 @@ def rules(config: EfficientFormerConfig) -> list[Rule]:
         return table + [rule for stage in range(4) for rule in layer("norm", f"norm{2 * stage}", f"norm_{stage}")]
     table += layer("norm", "norm", "norm") + layer("linear", "head", "head")
     return table + (layer("linear", "dist_head", "dist_head") if config.distillation else [])
+
+
+def detector_rules(config: mask_rcnn.DetectorConfig) -> list[Rule]:
+    """MMDetection's names of a Mask R-CNN."""
+    return mask_rcnn.weight_rules(config, rules(config.backbone))

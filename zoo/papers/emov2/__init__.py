@@ -15,11 +15,12 @@ What the published code does and the paper does not say, and what is therefore d
 - the layer scale is there also where there is no residual;
 - every norm has an epsilon of 1e-6; the depthwise convolution has a batch norm and SiLU also in the stages of layer
   norms and GELU;
-- in detection and segmentation the window is 10.
+- in detection and segmentation the window is 10; RetinaNet and Mask R-CNN leave the stem and the first stage as they
+  are, and all detectors the batch norms' statistics.
 
 Not here: an option of the published block that attends before it makes values (its code puts the close windows back
-with the far ones' permutation; no network uses it); Mask R-CNN, of which only the backbone (`EMOv2Features`) is the
-paper's; the video network and DEMO's code, which were not published (DEMO is put together from its logs).
+with the far ones' permutation; no network uses it); the video network and DEMO's code, which were not
+published (DEMO is put together from its logs).
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from zoo.backbones import mask_rcnn
 from zoo.backbones.segmentation import example_inputs as segmenter_inputs
 from zoo.backbones.segmentation import example_targets as segmenter_targets
 from zoo.backbones.segmentation import loss as segmenter_loss
 from zoo.papers.emov2 import detection, generation, segmentation
-from zoo.papers.emov2.detection import DetectorConfig, RetinaNet, SSDLite
+from zoo.papers.emov2.detection import DetectorConfig, EMOv2MaskRCNN, RetinaNet, SSDLite
 from zoo.papers.emov2.generation import Demo, DemoConfig, sample
 from zoo.papers.emov2.model import (
     IRMB,
@@ -47,7 +49,14 @@ from zoo.papers.emov2.model import (
     teacher_images,
 )
 from zoo.papers.emov2.segmentation import Segmenter, SegmenterConfig
-from zoo.papers.emov2.weights import classifier_rules, demo_rules, retinanet_rules, segmenter_rules, ssdlite_rules
+from zoo.papers.emov2.weights import (
+    classifier_rules,
+    demo_rules,
+    mask_rcnn_rules,
+    retinanet_rules,
+    segmenter_rules,
+    ssdlite_rules,
+)
 from zoo.registry import Paper, Variant, register
 
 __all__ = [
@@ -58,6 +67,7 @@ __all__ = [
     "EMOv2",
     "EMOv2Config",
     "EMOv2Features",
+    "EMOv2MaskRCNN",
     "RetinaNet",
     "SSDLite",
     "Segmenter",
@@ -132,6 +142,14 @@ for _name, _module, _rules in _DETECTORS:
         loss=detection.loss,
         example_targets=detection.example_targets,
     )(_module)
+register(
+    PAPER,
+    *(Variant(f"mask_rcnn_emov2_{size}", mask_rcnn.FrozenConfig(backbone)) for size, backbone in _DENSE.items()),
+    example_inputs=mask_rcnn.example_inputs,
+    weight_rules=mask_rcnn_rules,
+    loss=mask_rcnn.loss,
+    example_targets=mask_rcnn.example_targets,
+)(EMOv2MaskRCNN)
 
 
 def _segmenter(head: Any, size: str, backbone: EMOv2Config) -> SegmenterConfig:

@@ -1,4 +1,4 @@
-"""RetinaNet (Lin et al. 2017) and SSDLite (Sandler et al. 2018) on an EMO, as MMDetection builds and trains them."""
+"""RetinaNet (Lin et al. 2017), SSDLite (Sandler et al. 2018) and Mask R-CNN on an EMO, as MMDetection has them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.backbones.mask_rcnn import Detector, FrozenConfig
 from zoo.layers import boxes as box
 from zoo.layers.conv_norm import ConvNorm
 from zoo.layers.convolution import Conv
@@ -41,6 +42,11 @@ class DetectorConfig:
     def __post_init__(self) -> None:
         if self.num_classes < 1 or self.channels < 1:
             raise ValueError(f"num_classes and channels must be positive, got {self.num_classes}, {self.channels}")
+
+
+def _features(config: DetectorConfig | FrozenConfig, **options: Any) -> EMOv2Features:
+    frozen = (True, 1) if config.pretrained else (False, None)
+    return EMOv2Features(config.backbone, *frozen, **options)
 
 
 class Detections(NamedTuple):
@@ -79,8 +85,7 @@ class RetinaNet(nn.Module):
         """float (B, height, width, channels), standardised, to what it says of 9 anchors a cell."""
         config = self.config
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        frozen = (True, 1) if config.pretrained else (False, None)
-        backbone = EMOv2Features(config.backbone, *frozen, **options, name="backbone")
+        backbone = _features(config, **options, name="backbone")
         maps = FeaturePyramid(config.channels, 5, **options, name="neck")(backbone(images, train)[1:])
         normal = nn.initializers.normal(0.01)
         convolution: Any = partial(
@@ -125,7 +130,7 @@ class RetinaNet(nn.Module):
             positive, index = chosen >= 0, jnp.maximum(chosen, 0)
             classes = jax.nn.one_hot(jnp.where(positive, labels[index], -1), self.config.num_classes)
             class_loss = jnp.where(chosen == box.IGNORED, 0, box.focal_loss(logits, classes).sum(-1))
-            error = jnp.abs(deltas - self.coder.encode(anchors, _boxes_of(boxes, labels, anchors, chosen)))
+            error = jnp.abs(deltas - self.coder.targets(anchors, boxes, chosen))
             return class_loss, jnp.where(positive, error.sum(-1), 0), jnp.maximum(positive.sum(), 1)
 
         logits, deltas = (jnp.concatenate(x, axis=1).astype(jnp.float32) for x in (found.logits, found.deltas))
@@ -208,7 +213,7 @@ class SSDLite(nn.Module):
             entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), classes[:, None], axis=1)[:, 0]
             hardest = jnp.sort(jnp.where(positive, 0, entropy), descending=True)
             negatives = jnp.where(jnp.arange(len(hardest)) < 3 * positive.sum(), hardest, 0).sum()
-            error = box.smooth_l1(deltas - self.coder.encode(anchors, _boxes_of(boxes, labels, anchors, chosen)))
+            error = box.smooth_l1(deltas - self.coder.targets(anchors, boxes, chosen))
             box_loss = jnp.where(positive, error.sum(-1), 0).sum()
             return jnp.where(positive, entropy, 0).sum() + negatives, box_loss, jnp.maximum(positive.sum(), 1)
 
@@ -222,9 +227,15 @@ class SSDLite(nn.Module):
         return _detect(self.coder, found, probabilities, (height, width), 0.02, 0.45, 1000, 200)
 
 
-def _boxes_of(boxes: jax.Array, labels: jax.Array, anchors: jax.Array, chosen: jax.Array) -> jax.Array:
-    """The box of each anchor, or the anchor itself where it has none: something that can be encoded."""
-    return jnp.where((chosen >= 0)[:, None], boxes[jnp.maximum(chosen, 0)], anchors)
+class EMOv2MaskRCNN(Detector):
+    """`zoo.backbones.mask_rcnn.MaskRCNN` on `EMOv2Features`; if pretrained, the latter is frozen as RetinaNet's."""
+
+    config: FrozenConfig
+
+    @nn.nowrap
+    def backbone(self, **options: Any) -> nn.Module:
+        """See the class."""
+        return _features(self.config, **options)
 
 
 def _detect(
@@ -261,13 +272,7 @@ def example_inputs(config: DetectorConfig, batch_size: int) -> dict[str, np.ndar
 
 def example_targets(config: DetectorConfig, batch_size: int) -> dict[str, np.ndarray]:
     """`boxes` (B, 3, 4) float32 and `labels` (B, 3) int32, the last of them padding."""
-    rng = np.random.default_rng(1)
-    height, width = config.image_size
-    corner = rng.uniform(0, 0.5, (batch_size, 3, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(0.1, 0.5, corner.shape)], -1) * [width, height, width, height]
-    labels = rng.integers(0, config.num_classes, (batch_size, 3)).astype(np.int32)
-    labels[:, -1] = -1
-    return {"boxes": boxes.astype(np.float32), "labels": labels}
+    return box.example_targets(*config.image_size, config.num_classes, batch_size)
 
 
 def loss(model: RetinaNet | SSDLite) -> Callable:

@@ -41,7 +41,7 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
     batch norms at the head of the first two stages' blocks stay: a convolution follows them.
 
     Args:
-      variables: {"params": ..., "batch_stats": ...} of an EMO, or of a network with one under "backbone".
+      variables: {"params": ..., "batch_stats": ...} of an EMO, of a network with one under "backbone", or Mask R-CNN.
 
     Returns:
       Variables without logical axis names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoo.backbones import mask_rcnn
 from zoo.backbones.segmentation import auxiliary_rules
 from zoo.papers.emov2.detection import DetectorConfig
 from zoo.papers.emov2.generation import DemoConfig
@@ -62,6 +63,11 @@ def retinanet_rules(config: DetectorConfig) -> list[Rule]:
         *layer("conv2d", r"bbox_head\.retina_cls", "class_out"),
         *layer("conv2d", r"bbox_head\.retina_reg", "box_out"),
     ]
+
+
+def mask_rcnn_rules(config: mask_rcnn.DetectorConfig) -> list[Rule]:
+    """MMDetection's names of a Mask R-CNN."""
+    return mask_rcnn.weight_rules(config, feature_rules(config.backbone))
 
 
 def _conv_norm(kind: str, published: str, path: str) -> list[Rule]:

@@ -13,6 +13,8 @@ What the published code does and the paper does not say, and what is therefore d
   presumably meant;
 - the enhanced map takes the map's place, there is no skip around the convolution;
 - there are two layer norms in a row before the feed-forward network;
+- detectors drop twice as many paths. Of the cascade, MMDetection's box heads are here; the published configuration
+  replaces them by four convolutions and a layer, trained by the boxes' overlap;
 - dense prediction works in windows and pads maps by turns before and behind, which shifts windows against each other,
   while cross tokens stay with the window of their number; what is padded counts as tokens.
 
@@ -28,7 +30,6 @@ import dataclasses
 from zoo.backbones import mask_rcnn, segmentation
 from zoo.papers.fcaformer.dense import (
     DenseConfig,
-    DetectorConfig,
     FcaFormerDense,
     FcaFormerMaskRCNN,
     FcaFormerUPerNet,
@@ -58,7 +59,6 @@ from zoo.train.classification import distilled_loss as loss
 __all__ = [
     "ConvNeXtBlock",
     "DenseConfig",
-    "DetectorConfig",
     "FcaBlock",
     "FcaFormer",
     "FcaFormerConfig",
@@ -124,11 +124,15 @@ register(
     example_inputs=example_inputs,
     weight_rules=dense_rules,
 )(FcaFormerDense)
+_DETECTOR = DenseConfig(drop_path_rate=0.2)
 register(
     PAPER,
-    Variant("mask_rcnn_fcaformer_l2", DetectorConfig()),
+    Variant("mask_rcnn_fcaformer_l2", mask_rcnn.DetectorConfig(_DETECTOR)),
+    Variant("cascade_mask_rcnn_fcaformer_l2", mask_rcnn.DetectorConfig(_DETECTOR, design=mask_rcnn.CASCADE_MASK_RCNN)),
     example_inputs=mask_rcnn.example_inputs,
     weight_rules=detector_rules,
+    loss=mask_rcnn.loss,
+    example_targets=mask_rcnn.example_targets,
 )(FcaFormerMaskRCNN)
 register(
     PAPER,

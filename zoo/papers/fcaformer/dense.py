@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zoo.backbones.mask_rcnn import MaskRCNN, Proposals, Regions
+from zoo.backbones.mask_rcnn import Detector, DetectorConfig
 from zoo.backbones.segmentation import FCNHead, Segmentation, UPerHead
 from zoo.layers.convolution import Conv
 from zoo.layers.norms import norm
@@ -68,41 +68,15 @@ class FcaFormerDense(nn.Module):
         return maps
 
 
-@dataclasses.dataclass(frozen=True)
-class DetectorConfig:
-    """A Mask R-CNN on an FcaFormer.
-
-    Attributes:
-      backbone: of any size.
-      num_classes: without the background.
-      image_size: height and width in pixels of example inputs; any other will do.
-    """
-
-    backbone: DenseConfig = DenseConfig()
-    num_classes: int = 80
-    image_size: tuple[int, int] = (64, 64)
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
-
-
-class FcaFormerMaskRCNN(nn.Module):
-    """`zoo.backbones.mask_rcnn.MaskRCNN` on `FcaFormerDense`: children of the former under `detector`."""
+class FcaFormerMaskRCNN(Detector):
+    """`zoo.backbones.mask_rcnn.MaskRCNN`, or its cascade, on `FcaFormerDense`."""
 
     config: DetectorConfig
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
 
-    def setup(self) -> None:
+    @nn.nowrap
+    def backbone(self, **options: Any) -> nn.Module:
         """See the class."""
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        backbone = FcaFormerDense(self.config.backbone, **options)
-        self.detector = MaskRCNN(backbone, self.config.num_classes, **options)
-
-    def __call__(self, images: jax.Array, regions: jax.Array, train: bool = False) -> tuple[Proposals, Regions]:
-        """float (B, height, width, channels), standardised, and regions (B, R, 4) in pixels, to both stages' words."""
-        return self.detector(images, regions, train)
+        return FcaFormerDense(self.config.backbone, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo.backbones import mask_rcnn, segmentation
-from zoo.papers.fcaformer.dense import DenseConfig, DetectorConfig, SegmenterConfig
+from zoo.papers.fcaformer.dense import DenseConfig, SegmenterConfig
 from zoo.papers.fcaformer.model import FcaFormerConfig
 from zoo.weights.names import Rule, Transform, layer, under, vector
 
@@ -68,12 +68,9 @@ def dense_rules(config: DenseConfig) -> list[Rule]:
     return [*_trunk(), *layer("pointwise2d", r"head(\d)", "out_{0}"), *layer("norm", r"norm(\d)", "norm_{0}")]
 
 
-def detector_rules(config: DetectorConfig) -> list[Rule]:
-    """MMDetection's names of a Mask R-CNN."""
-    return [
-        *under("backbone", "detector/backbone", dense_rules(config.backbone)),
-        *mask_rcnn.weight_rules("detector"),
-    ]
+def detector_rules(config: mask_rcnn.DetectorConfig) -> list[Rule]:
+    """MMDetection's names of a Mask R-CNN or its cascade."""
+    return mask_rcnn.weight_rules(config, dense_rules(config.backbone))
 
 
 def segmenter_rules(config: SegmenterConfig) -> list[Rule]:

@@ -18,10 +18,9 @@ What the published code does and the paper does not say, and what is therefore d
 
 from __future__ import annotations
 
-from zoo.backbones.mask_rcnn import example_inputs as detector_inputs
+from zoo.backbones import mask_rcnn
 from zoo.papers.mobilevig.graph import knn_aggregate, neighbours_of, svga_aggregate, where_most_differs
 from zoo.papers.mobilevig.model import (
-    DetectorConfig,
     FeedForward,
     Grapher,
     InvertedResidual,
@@ -38,7 +37,6 @@ from zoo.train.classification import distilled_loss as loss
 from zoo.train.classification import distilled_targets as example_targets
 
 __all__ = [
-    "DetectorConfig",
     "FeedForward",
     "Grapher",
     "InvertedResidual",
@@ -101,9 +99,11 @@ register(
 register(
     PAPER,
     *(
-        Variant(f"mask_rcnn_mobilevig_{name}", DetectorConfig(config), 32_325_546 if name == "m" else None)
+        Variant(f"mask_rcnn_mobilevig_{name}", mask_rcnn.FrozenConfig(config), 32_325_546 if name == "m" else None)
         for name, config in SIZES.items()
     ),
-    example_inputs=detector_inputs,
+    example_inputs=mask_rcnn.example_inputs,
     weight_rules=detector_rules,
+    loss=mask_rcnn.loss,
+    example_targets=mask_rcnn.example_targets,
 )(MobileViGMaskRCNN)

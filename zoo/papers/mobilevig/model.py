@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.backbones.mask_rcnn import MaskRCNN, Proposals, Regions
+from zoo.backbones.mask_rcnn import Detector, FrozenConfig
 from zoo.layers.conv_norm import ConvNorm
 from zoo.layers.convolution import Conv
 from zoo.layers.drop_path import DropPath
@@ -260,43 +260,15 @@ class MobileViG(nn.Module):
         return self.body(images, train)
 
 
-@dataclasses.dataclass(frozen=True)
-class DetectorConfig:
-    """A Mask R-CNN on MobileViG.
+class MobileViGMaskRCNN(Detector):
+    """`zoo.backbones.mask_rcnn.MaskRCNN` on `MobileViGFeatures`, whose norms keep their statistics if pretrained."""
 
-    Attributes:
-      backbone: its heads are not used.
-      num_classes: without the background.
-      pretrained: in training the backbone's batch norms keep their statistics; not so where it starts from nothing.
-      image_size: height and width in pixels of example inputs; any other will do.
-    """
+    config: FrozenConfig
 
-    backbone: MobileViGConfig
-    num_classes: int = 80
-    pretrained: bool = True
-    image_size: tuple[int, int] = (64, 64)
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}")
-
-
-class MobileViGMaskRCNN(nn.Module):
-    """`zoo.backbones.mask_rcnn.MaskRCNN` on `MobileViGFeatures`: children of the former under `detector`."""
-
-    config: DetectorConfig
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    def setup(self) -> None:
+    @nn.nowrap
+    def backbone(self, **options: Any) -> nn.Module:
         """See the class."""
-        config, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        backbone = MobileViGFeatures(config.backbone, config.pretrained, **options)
-        self.detector = MaskRCNN(backbone, config.num_classes, **options)
-
-    def __call__(self, images: jax.Array, regions: jax.Array, train: bool = False) -> tuple[Proposals, Regions]:
-        """float (B, height, width, channels), standardised, and regions (B, R, 4) in pixels, to both stages' words."""
-        return self.detector(images, regions, train)
+        return MobileViGFeatures(self.config.backbone, self.config.pretrained, **options)
 
 
 def _check_images(images: jax.Array, channels: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from zoo.backbones.mask_rcnn import weight_rules as mask_rcnn_rules
-from zoo.papers.mobilevig.model import DetectorConfig, MobileViGConfig
+from zoo.backbones import mask_rcnn
+from zoo.papers.mobilevig.model import MobileViGConfig
 from zoo.weights.names import Rule, layer, under, vector
 
 
@@ -50,6 +50,6 @@ def feature_rules(config: MobileViGConfig) -> list[Rule]:
     return _body()
 
 
-def detector_rules(config: DetectorConfig) -> list[Rule]:
+def detector_rules(config: mask_rcnn.DetectorConfig) -> list[Rule]:
     """MMDetection's names of a Mask R-CNN."""
-    return [*under("backbone", "detector/backbone", _body()), *mask_rcnn_rules("detector")]
+    return mask_rcnn.weight_rules(config, _body())
