@@ -234,13 +234,17 @@ def graph(config: Config, data: Proteins, open_run: Callable[[str], train.Run]) 
             f"{name}, {field}": [round(getattr(score, field), 4) for score in found[name]] for field in Forward._fields
         }
 
-    better = [a.q3 > b.q3 for a, b in zip(found["graph"], found["plain"], strict=True)]
+    better = [a.q3 - b.q3 for a, b in zip(found["graph"], found["plain"], strict=True)]
     truth = np.stack([prompts.content(chain.structure) for chain in data.test])
     told = ridge(data.training)([chain.sequence for chain in data.test])
     logistic = window_logistic(data.training, data.test)
     return reports.Claim(
         statement="Graph layers on the attention maps predict structure better than a plain transformer.",
-        verdict=_verdict(config, all(better) and min(score.q3 for score in found["graph"]) > logistic, any(better)),
+        verdict=_verdict(
+            config,
+            min(better) > 0 and min(score.q3 for score in found["graph"]) > logistic,
+            float(np.mean(better)) > 0,
+        ),
         measured=table("graph") | {"graph, parameters": counts["graph"]},
         baselines=table("plain")
         | {
@@ -250,7 +254,7 @@ def graph(config: Config, data: Proteins, open_run: Callable[[str], train.Run]) 
         },
         seeds=config.seeds,
         remark=f"{config.steps} steps of {config.batch_size} prompts, {data.name}; the graph has its own parameters on "
-        "top. Bounds: better Q3 at each seed, and than the window's.",
+        "top. Bounds: better Q3 at each seed, and than the window's; partly: better in the mean.",
     )
 
 
