@@ -1,5 +1,6 @@
 """Settings of every test: CPU, eight simulated devices, one compilation cache for all processes."""
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -21,6 +22,8 @@ import pytest
 from hypothesis import settings
 
 LINUX = sys.platform == "linux"
+# Gives freed memory back to the system, where the C library is glibc.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if LINUX else None
 
 settings.register_profile("zoo", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("zoo")
@@ -53,4 +56,6 @@ def bounded_memory():
     if _resident_bytes() > _bound[0]:
         jax.clear_caches()
         gc.collect()
+        if _trim is not None:
+            _trim(0)
         _bound[0] = max(5e9, _resident_bytes() + 1e9)
