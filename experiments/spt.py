@@ -100,7 +100,7 @@ class Steps:
     repetitions: int = 3
     rank: int = 16
     # Published sizes, and the targets whose compilers plan their steps; see `zoo compile`.
-    planned: tuple[str, ...] = ("spt_llama_2560",)
+    planned: tuple[str, ...] = ("spt_llama_2560", "spt_opt_2560")
     targets: tuple[str, ...] = ("h100",)
     planned_length: int = 512
     planned_batch_size: int = 8
