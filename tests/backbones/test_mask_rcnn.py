@@ -32,9 +32,6 @@ assign = jax.jit(box.assign, static_argnums=(3, 4, 5, 6))
 cut_masks = jax.jit(crop_masks, static_argnums=3)
 put_masks = jax.jit(paste_masks, static_argnums=(2, 3))
 
-# Small networks are compiled longer than they run.
-quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 SMALL = dataclasses.replace(MASK_RCNN, proposals=24, sampled_anchors=32, sampled_regions=32)
 CASCADE = dataclasses.replace(CASCADE_MASK_RCNN, proposals=24, sampled_anchors=32, sampled_regions=32)
 
@@ -313,7 +310,7 @@ def trained():
     """Losses and gradients of a network, compiled once: f(params, key, images, boxes, labels, masks)."""
     model, variables, images = network()
 
-    @quickly
+    @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
     def losses(params, key, images, *targets):
         parts = model.apply({"params": params}, images, *targets, key, method="losses")
@@ -357,7 +354,7 @@ def test_the_loss_falls_on_rectangles(trained):
 def test_a_cascade_refines_and_averages():
     model, variables, images = network(CASCADE)
     boxes, _, _ = a_batch()
-    _, *stages = quickly(model.apply)(variables, images, boxes)
+    _, *stages = jax.jit(model.apply)(variables, images, boxes)
     assert [x.deltas.shape for x in stages] == [(2, 3, 4)] * 3
     np.testing.assert_array_equal(stages[0].boxes, boxes)
     for stage, one, following in zip(CASCADE.stages, stages, stages[1:], strict=False):
@@ -396,9 +393,38 @@ def test_a_cascade_s_stages_lose_by_their_weights():
         )
 
 
+@pytest.mark.slow
+def test_what_is_trained_is_found():
+    design = dataclasses.replace(MASK_RCNN, proposals=200, sampled_anchors=64, sampled_regions=128)
+    model = MaskRCNN(Maps(), 3, 32, design)
+    boxes, labels, masks = a_batch()
+    images = jnp.asarray(np.einsum("bghw,bgc->bhwc", masks, np.eye(3)[labels] * (labels >= 0)[..., None]), jnp.float32)
+    params = nn.meta.unbox(model.init(jax.random.key(0), images, jnp.asarray(boxes)))["params"]
+    optimizer = optax.adam(2e-3)
+
+    @jax.jit
+    def step(params, state, key):
+        def loss(params):
+            parts = model.apply({"params": params}, images, boxes, labels, masks, key, method="losses")
+            return sum(part.sum() for part in parts)
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for key in jax.random.split(jax.random.key(1), 600):
+        params, state = step(params, state, key)
+    found = jax.jit(lambda params: model.apply({"params": params}, images, method="detect"))(params)
+    real, good = labels[0] >= 0, np.asarray(found.scores[0]) > 0.5  # the other image's boxes overlap
+    shared = np.asarray(box.overlaps(jnp.asarray(boxes[0][real]), found.boxes[0][good]))
+    same = labels[0][real][:, None] == np.asarray(found.classes[0][good])
+    right = (shared > 0.5) & same
+    assert right.shape == (3, 3) and (right.sum(0) == 1).all() and (right.sum(1) == 1).all()
+
+
 def test_detections_are_in_order_and_inside():
     model, variables, images = network()
-    found = quickly(lambda v: model.apply(v, images, method="detect"))(variables)
+    found = jax.jit(lambda v: model.apply(v, images, method="detect"))(variables)
     assert found.masks.shape == (2, 100, 28, 28) and found.valid.any()
     assert ((found.boxes >= 0) & (found.boxes <= jnp.array([WIDTH, HEIGHT] * 2))).all() and (found.classes < 3).all()
     assert (jnp.diff(found.scores, axis=1) <= 0).all() and (found.scores[found.valid] > 0.05).all()
