@@ -129,27 +129,21 @@ register(
 
 # Published sizes in millions; the last digits are those of the heads as defined.
 _DENSE = {name: dataclasses.replace(SIZES[name], window=10) for name in ("1m", "2m", "5m", "20m")}
-_DETECTORS: tuple[tuple[str, type, Any], ...] = (
-    ("retinanet", RetinaNet, retinanet_rules),
-    ("ssdlite", SSDLite, ssdlite_rules),
+# Name, module, config, names, and where the loss and the examples are.
+_DETECTORS: tuple[tuple[str, type, Any, Any, Any], ...] = (
+    ("retinanet", RetinaNet, DetectorConfig, retinanet_rules, detection),
+    ("ssdlite", SSDLite, DetectorConfig, ssdlite_rules, detection),
+    ("mask_rcnn", EMOv2MaskRCNN, mask_rcnn.FrozenConfig, mask_rcnn_rules, mask_rcnn),
 )
-for _name, _module, _rules in _DETECTORS:
+for _name, _module, _config, _rules, _parts in _DETECTORS:
     register(
         PAPER,
-        *(Variant(f"{_name}_emov2_{size}", DetectorConfig(backbone)) for size, backbone in _DENSE.items()),
-        example_inputs=detection.example_inputs,
+        *(Variant(f"{_name}_emov2_{size}", _config(backbone)) for size, backbone in _DENSE.items()),
+        example_inputs=_parts.example_inputs,
         weight_rules=_rules,
-        loss=detection.loss,
-        example_targets=detection.example_targets,
+        loss=_parts.loss,
+        example_targets=_parts.example_targets,
     )(_module)
-register(
-    PAPER,
-    *(Variant(f"mask_rcnn_emov2_{size}", mask_rcnn.FrozenConfig(backbone)) for size, backbone in _DENSE.items()),
-    example_inputs=mask_rcnn.example_inputs,
-    weight_rules=mask_rcnn_rules,
-    loss=mask_rcnn.loss,
-    example_targets=mask_rcnn.example_targets,
-)(EMOv2MaskRCNN)
 
 
 def _segmenter(head: Any, size: str, backbone: EMOv2Config) -> SegmenterConfig:
